@@ -1,0 +1,149 @@
+"""What can become of a segment: typed data that the passes hand to each other.
+
+Names in here are node ids (:func:`fxmerge.graph.node_id`), so candidates survive copies of the graph and go to JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .algebra import Geometry
+from .errors import UserError
+from .regions import Series
+
+__all__ = ["METHODS", "Candidate", "Enumeration", "Limits", "Refusal", "Site"]
+
+METHODS = ("layermerge", "depth", "layer")
+"""The paper's method and its two baselines: no convolution goes, and nothing merges."""
+
+Kind = Literal["merge", "bypass", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the search for candidates.
+
+    Attributes:
+        method: ``layermerge``, or a baseline of the paper: ``depth`` (no convolution goes) or ``layer`` (nothing merges).
+        max_span: the most convolutions that one merged segment may hold.
+        max_kernel: the largest kernel, per axis, that several convolutions may merge into.
+        exit_activation: whether a merge whose exit has no activation may also get one (Kim et al. 2023 do so for MobileNetV2).
+
+    Raises:
+        UserError: an unknown method, or a bound below 1.
+    """
+
+    method: str = "layermerge"
+    max_span: int = 16
+    max_kernel: int = 7
+    exit_activation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"unknown method {self.method!r}; the known ones are {', '.join(METHODS)}")
+        for name in ("max_span", "max_kernel"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to replace one segment.
+
+    Attributes:
+        kind: ``merge`` (one convolution is left), ``bypass`` (the identity is left) or ``drop`` (a branch goes with its join).
+        entry: the value the segment reads.
+        exit: the value it gives.
+        kept: convolutions that merge into one.
+        bypassed: convolutions that go.
+        removed: activations that go.
+        cuts: branches that go: join and position among its operands.
+        geometry: of the convolution that is left, None where none is.
+        activation: ``torch.nn`` class of the activation inserted behind the merged convolution, None for none.
+    """
+
+    kind: Kind
+    entry: str
+    exit: str
+    kept: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    cuts: tuple[tuple[str, int], ...] = ()
+    geometry: Geometry | None = None
+    activation: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` reads it back."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**data, "geometry": None if self.geometry is None else self.geometry.to_json()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Candidate:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            UserError: a field is missing or unknown.
+        """
+        try:
+            return Candidate(
+                kind=data["kind"],
+                entry=data["entry"],
+                exit=data["exit"],
+                kept=tuple(data["kept"]),
+                bypassed=tuple(data["bypassed"]),
+                removed=tuple(data["removed"]),
+                cuts=tuple((join, position) for join, position in data["cuts"]),
+                geometry=None if data["geometry"] is None else Geometry.from_json(data["geometry"]),
+                activation=data["activation"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"this is no candidate of fxmerge's: {error!r} in {data!r}") from error
+
+    def __str__(self) -> str:
+        if self.kind == "drop":
+            return f"drop the branch {self.entry} .. {self.exit} ({len(self.bypassed)} convolutions)"
+        if self.kind == "bypass":
+            return f"bypass {', '.join(self.bypassed)}"
+        gone = f", {len(self.bypassed)} removed" if self.bypassed else ""
+        return f"merge {' + '.join(self.kept)} into {self.geometry}{gone}"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a candidate stands: children ``start`` to ``stop`` (exclusive) of one Series of the tree."""
+
+    series: int
+    start: int
+    stop: int
+    candidate: Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why something was not merged: a reason code, the convolution it is about, the node in the way, and the reason in words."""
+
+    code: str
+    convolution: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Enumeration:
+    """Everything that could be done to a network, and the reasons for what could not.
+
+    Attributes:
+        series: every Series of the region tree, outer ones first; the first is the tree.
+        sites: every candidate with its place.
+        refusals: every merge that was looked at and refused.
+    """
+
+    series: tuple[Series, ...]
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...]
+
+    def __repr__(self) -> str:
+        return f"Enumeration({len(self.series)} series, {len(self.sites)} candidates, {len(self.refusals)} refusals)"

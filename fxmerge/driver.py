@@ -1,0 +1,525 @@
+"""The whole pipeline: capture, analyse, measure, score, select, rewrite, check."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx, nn
+
+from .budget import Budget, parse_budget
+from .calibration import Batch, Calibration, read_calibration, second_example
+from .candidates import Candidate, Enumeration, Limits
+from .capture import capture
+from .checks import check_equal, check_inputs, outputs_of, own_error
+from .errors import BudgetError, UnsupportedError, UserError
+from .estimators import Estimator, apply_candidates, get_estimator
+from .graph import by_id, clone, convolutions, device_of, graph_meta, refuse_other_structure, structure
+from .inputs import Example, batch_size, map_tensors, split_example, with_batch
+from .plan import Plan, PlanEntry, format_latency
+from .progress import progress
+from .report import Report, decide, size_of
+from .result import Result, merge_graph
+from .runtimes import Runtime, Timing, get_runtime, interleave
+from .solver import Frontier as Points
+from .store import LatencyStore, default_path
+
+__all__ = ["Frontier", "compress", "fold", "frontier"]
+
+_FITS = ("auto", "compose")
+_TOLERANCE = 0.02
+_BUILDS = 6
+_log = logging.getLogger("fxmerge")
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """What is fixed before anything is measured."""
+
+    base: fx.GraphModule
+    example: Batch
+    batch: int
+    calibration: Calibration | None
+    estimator: Estimator
+    runtime: Runtime
+    limits: Limits
+    notes: tuple[str, ...]
+
+
+class Frontier:
+    """All Pareto-optimal plans of one network: one solve for every budget.
+
+    ``len(frontier)`` plans; ``frontier.points`` are their predicted end-to-end latencies and losses, fastest first.
+    """
+
+    def __init__(
+        self,
+        setup: _Setup,
+        enumeration: Enumeration,
+        table: Any,
+        losses: dict[Candidate, float],
+        points: Points,
+        original: Timing,
+        timer: Callable[[], float],
+        seconds: dict[str, float],
+        measure_seconds: float,
+    ) -> None:
+        self.enumeration = enumeration
+        self._setup = setup
+        self._table = table
+        self._losses = losses
+        self._points = points
+        self._original = original
+        self._timer = timer
+        self._seconds = seconds
+        self._measure_seconds = measure_seconds
+
+    @property
+    def original(self) -> float:
+        """End-to-end latency of the original network, in ``unit``."""
+        return self._original.latency
+
+    @property
+    def unit(self) -> str:
+        """``ms`` or ``MACs``."""
+        return self._setup.runtime.unit
+
+    @property
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """(predicted end-to-end latency, loss) of every plan, latency ascending."""
+        pairs = zip(self._points.latency, self._points.loss, strict=True)
+        return tuple((self._table.end_to_end(float(latency)), float(loss)) for latency, loss in pairs)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __repr__(self) -> str:
+        first, last = self.points[0], self.points[-1]
+        return (
+            f"Frontier({len(self)} plans, {format_latency(first[0], self.unit)} to {format_latency(last[0], self.unit)}, "
+            f"loss {first[1]:.4g} to {last[1]:.4g})"
+        )
+
+    def at(self, budget: float | str, *, levels: int | None = None) -> Plan:
+        """The plan that loses least within a budget, by prediction.
+
+        Args:
+            budget: a share of the original (0.6), or an amount ("8ms", "1.2GMACs").
+            levels: None for the exact frontier; a number for the paper's Algorithm 1 with that many latency levels, whose plan
+                may be over budget because it rounds latencies down.
+
+        Raises:
+            BudgetError: it cannot be read, or is below the smallest reachable latency, which the message names.
+        """
+        amount = parse_budget(budget, self.unit).resolve(self.original)
+        if amount >= self.original:
+            return self._plan(())
+        if levels is None:
+            return self.plan(self._index(amount))
+        from .passes.select_segments import selection_problem
+        from .solver import solve_levels
+
+        problem = selection_problem(self.enumeration, self._table, self._losses)
+        inner = (amount - self._table.rest) / self._table.scale
+        return self._plan(solve_levels(problem, inner, levels).choices)
+
+    def plan(self, index: int) -> Plan:
+        """The plan of one point of the frontier."""
+        return self._plan(self._points.choices(index))
+
+    def apply(self, plan: Plan) -> Result:
+        """Install a plan: relax, compose weights, fold, check, measure.
+
+        Raises:
+            PlanError: the plan was made for a network of another structure; the message names the first difference.
+            InternalError: a check failed.
+        """
+        refuse_other_structure(plan.structure, self._setup.base)
+        measured, original = self._measure(self._install(plan, None)[0])
+        return self._result(plan, measured, original, plan.predicted)
+
+    def _index(self, amount: float) -> int:
+        latencies = np.array([latency for latency, _ in self.points])
+        index = int(np.searchsorted(latencies, amount * (1 + 1e-12), side="right")) - 1
+        if index < 0:
+            raise self._unreachable(amount, float(latencies[0]))
+        return index
+
+    def _unreachable(self, amount: float, smallest: float) -> BudgetError:
+        return BudgetError(
+            f"the budget of {format_latency(amount, self.unit)} ({amount / self.original:.1%} of the original) is out of reach: "
+            f"the smallest reachable is {format_latency(smallest, self.unit)} ({smallest / self.original:.1%}). Raise the budget, "
+            "or allow more: a larger max_kernel or max_span."
+        )
+
+    def _plan(self, chosen: Iterable[Any]) -> Plan:
+        sites = [self.enumeration.sites[number] for number in chosen]
+        entries = tuple(
+            PlanEntry(s.candidate, self._table.scale * self._table.of(s.candidate), self._losses[s.candidate]) for s in sites
+        )
+        return Plan(
+            entries,
+            structure(self._setup.base),
+            self._setup.runtime.name,
+            self.unit,
+            self.original,
+            self._table.end_to_end(self._total(entries)),
+            sum(entry.loss for entry in entries),
+        )
+
+    def _total(self, entries: Iterable[PlanEntry]) -> float:
+        kept = dict(self._table.kept)
+        total = 0.0
+        for entry in entries:
+            for name in (*entry.candidate.kept, *entry.candidate.bypassed):
+                kept.pop(name, None)
+            total += self._table.of(entry.candidate)
+        return total + sum(kept.values())
+
+    # --- installing and measuring ------------------------------------------------------------------------------------------
+
+    def _install(self, plan: Plan, calibration: Calibration | None) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The merged and the trainable network of a plan."""
+        model = apply_candidates(self._setup.base, plan.candidates, calibration)
+        return merge_graph(model), model
+
+    def _measure(self, merged: fx.GraphModule) -> tuple[Timing, Timing]:
+        """A network and the original, interleaved."""
+        runtime = self._setup.runtime
+        timer = runtime.build(merged, *self._setup.example)
+        measured, original = interleave(
+            [timer, self._timer], self._measure_seconds, deterministic=runtime.deterministic
+        )
+        return measured, original
+
+    def _result(self, plan: Plan, measured: Timing, original: Timing, requested: float, notes: tuple[str, ...] = ()) -> Result:
+        setup, seconds = self._setup, dict(self._seconds)
+        with _stage(seconds, "install", "Installing the plan"):
+            merged, model = self._install(plan, setup.calibration)
+        with _stage(seconds, "check", "Checking the merged network"):
+            inputs = check_inputs(second_example(setup.example))
+            rounding = own_error(setup.base, inputs, outputs_of(setup.base, inputs))
+            checked = check_equal(model, merged, inputs, rounding)
+        if not checked.checkable:
+            notes = (*notes, f"only {checked.dependence:.1e} of the outputs depends on the input: not checkable end to end")
+        report = Report(
+            data=_about_data(setup.calibration, setup.estimator),
+            notes=(*setup.notes, *notes),
+            runtime={"runtime": setup.runtime.name, **setup.runtime.environment()},
+            unit=self.unit,
+            batch=setup.batch,
+            requested=requested,
+            original=original.latency,
+            predicted=plan.predicted,
+            measured=measured.latency,
+            repeatability=max(measured.repeatability, original.repeatability),
+            before=size_of(setup.base),
+            after=size_of(merged),
+            candidates=dict(Counter(site.candidate.kind for site in self.enumeration.sites)),
+            refusals=dict(Counter(refusal.code for refusal in self.enumeration.refusals)),
+            decisions=decide(setup.base, self.enumeration, plan),
+            error=checked.error,
+            error_allowed=checked.allowed,
+            original_error=rounding if rounding < float("inf") else 0.0,
+            dependence=checked.dependence,
+            bound=self._table.scale * self._points.bound,
+            seconds=seconds,
+        )
+        return Result(model, plan, report, setup.example)
+
+    def _fit_budget(self, budget: Budget) -> Result:
+        """The closed loop: solve, build, measure, move the target, until the largest plan within the budget is found."""
+        amount = budget.resolve(self.original)
+        if amount >= self.original:
+            plan = self._plan(())
+            note = f"the budget of {format_latency(amount, self.unit)} is at or above the original: nothing was changed"
+            _log.info(note)
+            return self._result(plan, self._original, self._original, amount, (note,))
+        if self._setup.runtime.deterministic:
+            plan = self.plan(self._index(amount))
+            measured, original = self._measure(self._install(plan, None)[0])
+            return self._result(plan, measured, original, amount)
+        return self._search(budget)
+
+    def _search(self, budget: Budget) -> Result:
+        latencies = np.array([latency for latency, _ in self.points])
+        below, above = -1, len(latencies)
+        best: tuple[Plan, Timing, Timing] | None = None
+        smallest = float("inf")
+        target = budget.resolve(self.original)
+        with _stage(self._seconds, "closed loop", "Measuring compressed networks"):
+            for build in range(_BUILDS):
+                index = int(np.searchsorted(latencies, target, side="right")) - 1
+                last = build == _BUILDS - 1 and best is None
+                index = 0 if last else min(max(index, below + 1), above - 1)
+                plan = self.plan(index)
+                measured, original = self._measure(self._install(plan, None)[0])
+                amount = budget.resolve(original.latency)
+                smallest = min(smallest, measured.latency)
+                if measured.latency <= amount:
+                    best, below = (plan, measured, original), index
+                else:
+                    above = index
+                near = best is not None and best[1].latency >= (1 - _TOLERANCE) * budget.resolve(best[2].latency)
+                if above - below <= 1 or near:
+                    break
+                target = float(latencies[index]) * amount / measured.latency
+        if best is None:
+            raise self._unreachable(budget.resolve(self.original), smallest)
+        plan, measured, original = best
+        return self._result(plan, measured, original, budget.resolve(original.latency))
+
+
+def compress(
+    model: nn.Module,
+    example_input: Example,
+    budget: float | str,
+    *,
+    runtime: str | Runtime = "auto",
+    calibration: Iterable[Any] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
+    importance: str | Estimator = "auto",
+    fit: str = "auto",
+    method: str = "layermerge",
+    levels: int | None = None,
+    **options: Any,
+) -> Result:
+    """Make a CNN shallower until it meets a latency budget, losing as little as possible.
+
+    LayerMerge (Kim et al., ICML 2024): activations and convolutions are removed and what is then linear is merged into single
+    convolutions; which ones, the exact Pareto frontier of measured latency against importance decides. The model handed in
+    stays untouched.
+
+    Args:
+        model: any module that ``torch.export`` traces; its parameters on one device.
+        example_input: a tensor, a tuple (positional inputs) or a dict (keyword inputs): traces, times and checks; calibrates
+            nothing. Its batch is the batch that is timed, unless ``batch`` is given.
+        budget: a share of the original's end-to-end latency (0.6, "60%"), or an amount ("8ms"; "1.2GMACs" with ``macs``). Kept in
+            the measured latency of the merged network.
+        runtime: "auto", "onnxruntime" (CPU), "macs" (counted), or a :class:`~fxmerge.runtimes.Runtime`.
+        calibration: iterable of inputs, read once, cached up to ``memory``; feeds statistics and importance. No labels.
+        inputs: how to take the model's inputs out of a batch, such as ``lambda batch: batch[0]``; never guessed.
+        importance: "distortion" (default with calibration), "magnitude" (default without), or an
+            :class:`~fxmerge.estimators.Estimator`.
+        fit: "compose": merged weights are composed, batch-norm statistics re-estimated where there is calibration data.
+        method: "layermerge", or the paper's baselines "depth" (no convolution goes) and "layer" (nothing merges).
+        levels: use the paper's Algorithm 1 with that many latency levels instead of the exact frontier.
+        options: those of :func:`frontier`: batch, max_span, max_kernel, exit_activation, include nothing else.
+
+    Returns:
+        The trainable model with ``merge()``, ``plan``, ``report`` and ``save()``.
+
+    Raises:
+        UserError: an argument is wrong; found before anything is measured.
+        BudgetError: the budget cannot be read or reached; the smallest reachable is named.
+        CaptureError: ``torch.export`` cannot trace the model.
+        UnsupportedError: the model has no convolution.
+        InternalError: a check failed; nothing wrong is handed out.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> conv = lambda i, o: torch.nn.Sequential(torch.nn.Conv2d(i, o, 3, padding=1), torch.nn.ReLU())
+        >>> net = torch.nn.Sequential(conv(3, 32), conv(32, 32), conv(32, 32))
+        >>> result = fxmerge.compress(net, torch.randn(2, 3, 16, 16), 0.5, runtime="macs")
+        >>> result.report.measured <= 0.5 * result.report.original
+        True
+    """
+    chosen = get_runtime(runtime)
+    wanted = parse_budget(budget, chosen.unit)
+    if levels is not None and (not isinstance(levels, int) or levels < 1):
+        raise UserError(f"levels must be a whole number of at least 1 or None, not {levels!r}")
+    found = frontier(
+        model,
+        example_input,
+        runtime=chosen,
+        calibration=calibration,
+        inputs=inputs,
+        importance=importance,
+        fit=fit,
+        method=method,
+        **options,
+    )
+    if levels is not None:
+        return found.apply(found.at(budget, levels=levels))
+    return found._fit_budget(wanted)
+
+
+def frontier(
+    model: nn.Module,
+    example_input: Example,
+    *,
+    runtime: str | Runtime = "auto",
+    calibration: Iterable[Any] | None = None,
+    inputs: Callable[[Any], Any] | None = None,
+    importance: str | Estimator = "auto",
+    fit: str = "auto",
+    method: str = "layermerge",
+    batch: int | None = None,
+    max_span: int = 16,
+    max_kernel: int = 7,
+    exit_activation: bool = False,
+    max_points: int | None = 4096,
+    memory: str | int = "2GiB",
+    store: str | os.PathLike[str] | None = "default",
+    measure_seconds: float = 1.0,
+) -> Frontier:
+    """Everything up to the choice: all Pareto-optimal plans of a network, for every budget at once.
+
+    The first arguments are those of :func:`compress`; the others:
+
+    Args:
+        model: see :func:`compress`.
+        example_input: see :func:`compress`.
+        runtime: see :func:`compress`.
+        calibration: see :func:`compress`.
+        inputs: see :func:`compress`.
+        importance: see :func:`compress`.
+        fit: see :func:`compress`.
+        method: see :func:`compress`.
+        batch: images per run to time; default that of ``example_input``.
+        max_span: the most convolutions one merged segment may hold.
+        max_kernel: the largest kernel that several convolutions may merge into.
+        exit_activation: allow an activation behind a merge whose exit has none.
+        max_points: bound on the solver's points per region; None is exact.
+        memory: bound on cached calibration inputs, such as "2GiB".
+        store: file of measured latencies; "default" is one in the user's cache folder, None keeps nothing.
+        measure_seconds: how long each network is timed against the original.
+
+    Raises:
+        UserError: see :func:`compress`.
+    """
+    seconds: dict[str, float] = {}
+    chosen = get_runtime(runtime)
+    limits = Limits(method, max_span, max_kernel, exit_activation)
+    if fit not in _FITS:
+        raise UserError(f"unknown fit {fit!r}; the known ones are {', '.join(_FITS)}")
+    if isinstance(importance, str):
+        get_estimator(importance, None if calibration is None else Calibration((), (), 0, False))
+    kept = None if chosen.deterministic or store is None else _open_store(store)
+    try:
+        with _stage(seconds, "capture", "Capturing the model"):
+            setup = _set_up(
+                model, example_input, chosen, calibration, inputs, importance, limits, batch=batch, memory=memory
+            )
+        return _solve(setup, kept, seconds, max_points, measure_seconds)
+    finally:
+        if kept is not None:
+            kept.close()
+
+
+def _set_up(
+    model: nn.Module,
+    example_input: Example,
+    runtime: Runtime,
+    calibration: Iterable[Any] | None,
+    inputs: Callable[[Any], Any] | None,
+    importance: str | Estimator,
+    limits: Limits,
+    *,
+    batch: int | None,
+    memory: str | int,
+) -> _Setup:
+    base = clone(capture(model, example_input))
+    if not any(True for _ in convolutions(base)):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no convolution of torch.nn's (Conv1d, Conv2d, Conv3d): there is nothing to compress"
+        )
+    device = device_of(base)
+    example = map_tensors(lambda t: t.detach().to(device), *split_example(example_input))
+    notes: list[str] = []
+    dynamic = graph_meta(base)["dynamic_batch"]
+    if not dynamic:
+        notes.append("torch.export keeps the batch size of the example: the result takes no other")
+    if batch is not None:
+        if not dynamic or batch < 1:
+            raise UserError(f"batch={batch} cannot be timed: the model's batch size is fixed or the number is below 1")
+        example = with_batch(*example, batch)
+    read = None if calibration is None else read_calibration(calibration, inputs, base, example, memory)
+    if read is not None and read.truncated:
+        notes.append(f"calibration stopped at {read.images} images: memory={memory!r} was full")
+    estimator = get_estimator(importance, read)
+    return _Setup(base, example, batch_size(*example) or 1, read, estimator, runtime, limits, tuple(notes))
+
+
+def _solve(
+    setup: _Setup, store: LatencyStore | None, seconds: dict[str, float], max_points: int | None, measure_seconds: float
+) -> Frontier:
+    from .passes import EnumerateSegmentsPass, ProfileLatencyPass, ScoreImportancePass, SelectSegmentsPass
+
+    runtime, base = setup.runtime, setup.base
+    with _stage(seconds, "analyse", "Listing candidates"):
+        enumeration = EnumerateSegmentsPass(setup.limits)(base).enumeration
+    with _stage(seconds, "measure", "Measuring layers"):
+        timer = runtime.build(_in_eval(base), *setup.example)
+        original = interleave([timer], measure_seconds, deterministic=runtime.deterministic)[0]
+        table = ProfileLatencyPass(enumeration, runtime, setup.batch, original.latency, store)(base).table
+    with _stage(seconds, "score", "Scoring candidates"):
+        losses = ScoreImportancePass(enumeration, setup.estimator)(base).losses
+    with _stage(seconds, "solve", "Solving"):
+        points = SelectSegmentsPass(enumeration, table, losses, max_points)(base).frontier
+    return Frontier(setup, enumeration, table, dict(losses), points, original, timer, seconds, measure_seconds)
+
+
+def fold(model: nn.Module, example_input: Example) -> fx.GraphModule:
+    """Fold what is already linear in a model, exactly: a new network in eval mode; the model stays untouched.
+
+    Convolutions with their batch norms, unpadded chains, a 1x1 convolution without bias before a padded one, branches that are
+    added (RepVGG): wherever one convolution computes the same and costs no more. No padding is moved: what has inner padding is
+    left, and ``gm.meta["fxmerge"]["refusals"]`` says so.
+
+    Args:
+        model: any module that ``torch.export`` traces.
+        example_input: a tensor, a tuple (positional inputs) or a dict (keyword inputs).
+
+    Raises:
+        UserError: see :func:`fxmerge.capture`.
+        CaptureError: see :func:`fxmerge.capture`.
+        InternalError: a folded convolution is not what it replaces.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> [type(m).__name__ for m in fxmerge.fold(net, torch.randn(2, 3, 8, 8)).children()]
+        ['Conv2d']
+    """
+    from .passes.fold import FoldPass
+
+    base = clone(capture(model, example_input)).eval()
+    example = map_tensors(lambda t: t.detach().to(device_of(base)), *split_example(example_input))
+    outcome = FoldPass()(clone(base))
+    inputs = check_inputs(second_example(example) if graph_meta(base)["dynamic_batch"] else example)
+    check_equal(base, outcome.graph_module, inputs, own_error(base, inputs, outputs_of(base, inputs)))
+    listed = [{"code": r.code, "first": r.convolution, "last": r.node, "reason": r.reason} for r in outcome.refusals]
+    graph_meta(outcome.graph_module)["refusals"] = listed
+    folded: fx.GraphModule = outcome.graph_module
+    return folded
+
+
+def _in_eval(gm: fx.GraphModule) -> fx.GraphModule:
+    return clone(gm).eval()
+
+
+def _open_store(store: str | os.PathLike[str]) -> LatencyStore:
+    return LatencyStore(default_path() if store == "default" else Path(store))
+
+
+def _about_data(calibration: Calibration | None, estimator: Estimator) -> str:
+    if calibration is None:
+        return f"No calibration data: importance is {estimator.name}, weights are composed, batch-norm statistics are the original's."
+    return f"Calibrated on {calibration.images} images: importance is {estimator.name}, batch-norm statistics re-estimated."
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str, title: str) -> Iterator[None]:
+    start = time.perf_counter()
+    with progress(title):
+        yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

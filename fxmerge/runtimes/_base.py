@@ -1,0 +1,151 @@
+"""What a runtime is: an object that turns layers, and whole networks, into latencies."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import nn
+
+from fxmerge.algebra import Geometry
+
+__all__ = ["LayerSignature", "Runtime", "Timing", "interleave"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSignature:
+    """What one entry of a latency table is about: a convolution, bias included, at one input size.
+
+    Two layers with equal signatures run equally fast, whatever their weights.
+
+    Attributes:
+        geometry: channels, kernel, stride, dilation, padding and groups.
+        in_size: spatial size of the input, one entry per axis of the kernel.
+        batch: number of images per run.
+        activation: name of the ``torch.nn`` class that follows and that a runtime may fuse, such as
+            ``"ReLU"``.
+    """
+
+    geometry: Geometry
+    in_size: tuple[int, ...]
+    batch: int
+    activation: str | None = None
+
+    def key(self) -> str:
+        """Canonical JSON, the same in every process: what a stored latency is looked up by."""
+        content = {
+            "geometry": self.geometry.to_json(),
+            "in_size": self.in_size,
+            "batch": self.batch,
+            "activation": self.activation,
+        }
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_key(cls, key: str) -> LayerSignature:
+        """The signature that :meth:`key` was called on."""
+        content = json.loads(key)
+        return cls(
+            geometry=Geometry.from_json(content["geometry"]),
+            in_size=tuple(content["in_size"]),
+            batch=content["batch"],
+            activation=content["activation"],
+        )
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """Where a network runs and how its latency is found: the interface of everything in this package.
+
+    Any object with these members can be passed as ``runtime=``.
+
+    Attributes:
+        name: what the user calls it, and part of every stored latency.
+        unit: of all latencies it returns.
+        deterministic: measuring twice is pointless, and so is storing.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> Literal["ms", "MACs"]: ...
+
+    @property
+    def deterministic(self) -> bool: ...
+
+    def environment(self) -> dict[str, str]:
+        """All that a latency depends on besides the layer: device, versions, threads, precision."""
+        ...
+
+    def measure(
+        self,
+        signatures: Sequence[LayerSignature],
+        on_result: Callable[[LayerSignature, float], None],
+    ) -> None:
+        """Find each layer's latency and hand it to ``on_result`` once, as soon as it is known."""
+        ...
+
+    def build(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], float]:
+        """Prepare a network, in eval mode; each call of what is returned runs it once, in ``unit``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The latency of one network.
+
+    Attributes:
+        latency: the smallest of all runs, in the runtime's unit.
+        repeatability: relative difference between the minima of the earlier and the later half of the
+            runs: how far the figure can be trusted on this machine.
+        runs: how many there were.
+    """
+
+    latency: float
+    repeatability: float
+    runs: int
+
+
+def interleave(
+    timers: Sequence[Callable[[], float]],
+    seconds: float,
+    min_rounds: int = 4,
+    *,
+    deterministic: bool = False,
+) -> list[Timing]:
+    """Run several prepared networks in alternation and return the smallest latency of each.
+
+    In every round each network runs once, so that a busy or throttled machine slows all of them alike.
+    The minimum repeats better than the median, and the median better than the mean.
+
+    Args:
+        timers: what :meth:`Runtime.build` returned; the order of the result is theirs.
+        seconds: rounds are added until this much time has passed.
+        min_rounds: number of rounds even if that takes longer; at least 2.
+        deterministic: run each network once, for runtimes that do not measure.
+
+    Example:
+        >>> interleave([iter([4.0, 3.0, 3.3, 5.0]).__next__], seconds=0)
+        [Timing(latency=3.0, repeatability=0.09999999999999994, runs=4)]
+    """
+    if deterministic:
+        return [Timing(timer(), 0.0, 1) for timer in timers]
+    samples: list[list[float]] = [[] for _ in timers]
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < max(min_rounds, 2) or time.perf_counter() < end:
+        for timer, runs in zip(timers, samples, strict=True):
+            runs.append(timer())
+        rounds += 1
+    return [_timing(runs) for runs in samples]
+
+
+def _timing(runs: list[float]) -> Timing:
+    half = len(runs) // 2
+    earlier, later = min(runs[:half]), min(runs[half:])
+    best = min(earlier, later)
+    return Timing(best, abs(earlier - later) / best if best else 0.0, len(runs))

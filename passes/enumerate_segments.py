@@ -1,0 +1,485 @@
+"""List every candidate of every segment: what could be merged, bypassed or dropped, and why the rest could not.
+
+A segment is an interval of consecutive children of a Series of the region tree. For each:
+
+1. **merge**: activations inside go, all irreducible convolutions stay and of the others a subset stays. One candidate for every
+   distinct merged geometry, and for it the subset with the largest summed L1 norm (LayerMerge, section 4.3), from a table of
+   reachable geometries: children of a Series combine by ``then``, branches of an add by ``add``, so subsets are never listed.
+2. **bypass**: the shortest intervals whose entry and exit have the same shape become the identity. Longer ones are made of these.
+3. **drop**: a branch of an add or of a gate goes, and the join with it when one is left.
+
+It does not act on, and says so with a refusal: modules used more than once, padding modes other than zeros, batch norms without
+running statistics, operations that are no affine shift-equivariant maps, values written in place, joins that are not additions
+or concatenations of channels, and merged kernels over the cap. Annotates nothing and changes nothing: ``modified`` is False.
+"""
+
+from __future__ import annotations
+
+__all__ = ["EnumerateSegmentsPass", "EnumerationResult", "enumerate_segments"]
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxmerge.algebra import Geometry, add_geometries, concat_geometries
+from fxmerge.candidates import Candidate, Enumeration, Limits, Refusal, Site
+from fxmerge.graph import META, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
+from fxmerge.linear import IDEMPOTENT, Barrier, Linear, Meaning, Removable, meaning
+from fxmerge.regions import Mesh, Op, Parallel, Region, Series, all_series, region_tree
+
+from ._base import GraphPass
+
+
+class EnumerationResult(PassResult):
+    """torch's PassResult with the enumeration."""
+
+    enumeration: Enumeration
+
+    def __new__(cls, graph_module: fx.GraphModule, enumeration: Enumeration) -> EnumerationResult:
+        """Make a result; the graph is never modified."""
+        result: EnumerationResult = super().__new__(cls, graph_module, False)
+        result.enumeration = enumeration
+        return result
+
+
+class EnumerateSegmentsPass(GraphPass):
+    """List every candidate of every segment; see the module docstring for the cases.
+
+    Attributes:
+        limits: method and caps.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        super().__init__()
+        self.limits = limits or Limits()
+
+    def call(self, graph_module: fx.GraphModule) -> EnumerationResult:
+        """Read the graph; the candidates are in the result's ``enumeration``."""
+        return EnumerationResult(graph_module, enumerate_segments(graph_module, self.limits))
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to make an interval linear."""
+
+    geometry: Geometry
+    norm: float = 0.0
+    kept: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    cuts: tuple[tuple[str, int], ...] = ()
+    joins: int = 0
+
+    def then(self, other: _Way, geometry: Geometry) -> _Way:
+        return _Way(
+            geometry,
+            self.norm + other.norm,
+            self.kept + other.kept,
+            self.bypassed + other.bypassed,
+            self.removed + other.removed,
+            self.cuts + other.cuts,
+            self.joins + other.joins,
+        )
+
+
+_Ways = dict[Geometry, _Way]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Children ``start`` to ``stop`` of a Series that merges take as one: a convolution with its batch norm, or a single child."""
+
+    start: int
+    stop: int
+    name: str
+    ways: _Ways | Barrier
+    convolutions: tuple[str, ...]
+
+
+def enumerate_segments(gm: fx.GraphModule, limits: Limits | None = None) -> Enumeration:
+    """All candidates of a canonical graph. See the module docstring.
+
+    Time grows with (number of children) x (children within ``max_span`` convolutions) x (geometries within ``max_kernel``).
+    """
+    search = _Search(gm, limits or Limits())
+    return search.run()
+
+
+class _Search:
+    def __init__(self, gm: fx.GraphModule, limits: Limits) -> None:
+        self.gm = gm
+        self.limits = limits
+        self.shared = shared_targets(gm)
+        self.tree = region_tree(gm)
+        self.units: dict[int, tuple[_Unit, ...]] = {}
+        self.refusals: dict[tuple[str, str, str], Refusal] = {}
+
+    def run(self) -> Enumeration:
+        series = tuple(all_series(self.tree))
+        branches = {
+            id(branch): (child, position)
+            for one in series
+            for child in one.children
+            if isinstance(child, Parallel)
+            for position, branch in enumerate(child.branches)
+        }
+        sites: list[Site] = []
+        for number, one in enumerate(series):
+            units = self._units(one)
+            if self.limits.method != "layer":
+                sites += self._merges(number, one, units)
+            if self.limits.method != "depth":
+                sites += self._bypasses(number, one, units, inside_join=id(one) in branches)
+                if id(one) in branches:
+                    sites += self._drop(number, one, *branches[id(one)])
+            self._refuse_barriers(units)
+        return Enumeration(series, tuple(sites), tuple(self.refusals.values()))
+
+    # --- units -------------------------------------------------------------------------------------------------------------
+
+    def _units(self, series: Series) -> tuple[_Unit, ...]:
+        known = self.units.get(id(series))
+        if known is None:
+            known = self.units[id(series)] = tuple(self._split(series))
+        return known
+
+    def _split(self, series: Series) -> Iterator[_Unit]:
+        children = series.children
+        start = 0
+        while start < len(children):
+            child = children[start]
+            stop = start + 1
+            if isinstance(child, Op) and is_convolution(self.gm, child.exit):
+                while stop < len(children) and self._follows(children[stop]):
+                    stop += 1
+                ways = self._convolution([each.exit for each in children[start:stop]])
+            else:
+                ways = self._region(child)
+            name = node_id(child.exit) if child.exit is not None else "output"
+            yield _Unit(start, stop, name, ways, _convolutions(self.gm, children[start:stop]))
+            start = stop
+
+    def _follows(self, child: Region) -> bool:
+        """Whether a child goes with the convolution in front of it: its batch norm and dropout."""
+        if not isinstance(child, Op) or is_convolution(self.gm, child.exit):
+            return False
+        what = meaning(self.gm, child.exit, self.shared)
+        batch_norm = isinstance(what, Linear) and child.exit.op == "call_module"
+        return batch_norm or (isinstance(what, Removable) and what.free)
+
+    def _convolution(self, nodes: Sequence[fx.Node | None]) -> _Ways | Barrier:
+        conv = nodes[0]
+        assert conv is not None  # noqa: S101 - only the virtual sink has no node, and it is no convolution
+        what = meaning(self.gm, conv, self.shared)
+        if not isinstance(what, Linear):
+            return _as_barrier(what)
+        weight = self.gm.get_submodule(str(conv.target)).weight
+        name = node_id(conv)
+        norm = float(weight.detach().abs().sum())  # type: ignore[operator, union-attr]
+        ways = {what.geometry: _Way(what.geometry, norm, kept=(name,))}
+        if self.limits.method != "depth" and self._reducible(conv, what.geometry):
+            identity = Geometry.identity(what.geometry.in_channels, what.geometry.dims)
+            ways.setdefault(identity, _Way(identity, bypassed=(name,)))
+        return ways
+
+    def _reducible(self, conv: fx.Node, geometry: Geometry) -> bool:
+        source = conv.args[0]
+        return (
+            isinstance(source, fx.Node)
+            and geometry.in_channels == geometry.out_channels
+            and set(geometry.stride) == {1}
+            and shape_of(source)[2:] == shape_of(conv)[2:]
+        )
+
+    def _region(self, region: Region) -> _Ways | Barrier:
+        if isinstance(region, Parallel):
+            return self._parallel(region)
+        if isinstance(region, Mesh):
+            return Barrier("mesh", "its operations are too entangled for a single entry and exit at every step")
+        node = region.exit
+        if node.op == "placeholder":
+            return Barrier("input", "the network's input is no operation")
+        what: Meaning = meaning(self.gm, node, self.shared)
+        if isinstance(what, Barrier) or len(shape_of(node)) < 3:
+            return _as_barrier(what)
+        if isinstance(what, Linear):
+            return {what.geometry: _Way(what.geometry)}
+        identity = Geometry.identity(shape_of(node)[1], len(shape_of(node)) - 2)
+        return {identity: _Way(identity, removed=() if what.free else (node_id(node),))}
+
+    def _parallel(self, parallel: Parallel) -> _Ways | Barrier:
+        join = parallel.exit
+        if parallel.join == "mul":
+            return Barrier("gate", f"{node_id(join)} multiplies two values")
+        if parallel.join == "concat" and list(join.args[1:]) != [1]:
+            return Barrier("not-linear", f"{node_id(join)} does not concatenate channels")
+        if parallel.entry is None or not is_tensor(parallel.entry) or len(shape_of(parallel.entry)) < 3:
+            return Barrier("not-spatial", f"the branches joined by {node_id(join)} do not start from one spatial value")
+        combined: list[list[tuple[Geometry | None, _Way]]] = [[]]
+        for position, branch in enumerate(parallel.branches):
+            options = self._branch(parallel, position, branch)
+            if isinstance(options, Barrier):
+                return options
+            combined = [[*chosen, option] for chosen in combined for option in options]
+        return self._joined(parallel, combined)
+
+    def _branch(
+        self, parallel: Parallel, position: int, branch: Series | None
+    ) -> list[tuple[Geometry | None, _Way]] | Barrier:
+        """The ways of one branch of a join; a geometry of None stands for dropping it."""
+        assert parallel.entry is not None  # noqa: S101 - the caller has checked it
+        shape = shape_of(parallel.entry)
+        identity = Geometry.identity(shape[1], len(shape) - 2)
+        if branch is None:
+            return [(identity, _Way(identity))]
+        units = self._units(branch)
+        ways: _Ways = {identity: _Way(identity)}
+        for unit in units:
+            if isinstance(unit.ways, Barrier):
+                return Barrier(unit.ways.code, unit.ways.reason)
+            ways = self._compose(ways, unit.ways)
+            if not ways:
+                return Barrier("kernel-cap", f"no merged kernel within {self.limits.max_kernel} covers the branch to {node_id(parallel.exit)}")
+        names = tuple(name for unit in units for name in unit.convolutions)
+        # A residual branch of which no convolution is left is dropped, never turned into the identity: that would be x + x.
+        options: list[tuple[Geometry | None, _Way]] = [(g, way) for g, way in ways.items() if way.kept or not names]
+        if names and parallel.join == "add" and self.limits.method != "depth":
+            gone = _Way(identity, bypassed=names, removed=_removable(self.gm, branch, self.shared), cuts=((node_id(parallel.exit), position),))
+            options.append((None, gone))
+        return options
+
+    def _joined(self, parallel: Parallel, combined: list[list[tuple[Geometry | None, _Way]]]) -> _Ways:
+        table: _Ways = {}
+        assert parallel.entry is not None  # noqa: S101 - checked when the branches were listed
+        size = shape_of(parallel.entry)[2:]
+        for options in combined:
+            geometries = [geometry for geometry, _ in options if geometry is not None]
+            if not geometries or len({(g.stride, g.out_size(size)) for g in geometries}) > 1:
+                continue
+            joined = add_geometries(geometries) if parallel.join == "add" else concat_geometries(geometries)
+            merged = _Way(joined, joins=1 if len(geometries) > 1 else 0)
+            for _, way in options:
+                merged = merged.then(way, joined)
+            self._offer(table, merged)
+        return table
+
+    def _compose(self, first: _Ways, second: _Ways) -> _Ways:
+        table: _Ways = {}
+        for one in first.values():
+            for other in second.values():
+                self._offer(table, one.then(other, one.geometry.then(other.geometry)))
+        return table
+
+    def _offer(self, table: _Ways, way: _Way) -> None:
+        several = len(way.kept) + way.joins > 1
+        if several and max(way.geometry.kernel) > self.limits.max_kernel:
+            return
+        known = table.get(way.geometry)
+        if known is None or way.norm > known.norm:
+            table[way.geometry] = way
+
+    # --- merges ------------------------------------------------------------------------------------------------------------
+
+    def _merges(self, number: int, series: Series, units: Sequence[_Unit]) -> Iterator[Site]:
+        for first, unit in enumerate(units):
+            entry = series.entry if unit.start == 0 else series.children[unit.start - 1].exit
+            if not unit.convolutions or entry is None or not is_tensor(entry) or len(shape_of(entry)) < 3:
+                continue
+            ways: _Ways = {}
+            count = 0
+            for last in range(first, len(units)):
+                other = units[last]
+                count += len(other.convolutions)
+                if isinstance(other.ways, Barrier) or count > self.limits.max_span:
+                    break
+                ways = self._compose(ways, other.ways) if ways else dict(other.ways)
+                if not ways:
+                    self._refuse_cap(unit, other)
+                    break
+                exit_ = series.children[other.stop - 1].exit
+                if other.convolutions and exit_ is not None and self._closed(entry, exit_):
+                    for candidate in self._merge_candidates(entry, exit_, ways):
+                        yield Site(number, unit.start, other.stop, candidate)
+
+    def _merge_candidates(self, entry: fx.Node, exit_: fx.Node, ways: _Ways) -> Iterator[Candidate]:
+        for geometry, way in ways.items():
+            if not way.kept or len(way.kept) + len(way.bypassed) + way.joins < 2:
+                continue
+            candidate = Candidate(
+                "merge", node_id(entry), node_id(exit_), way.kept, way.bypassed, way.removed, way.cuts, geometry
+            )
+            yield candidate
+            if self.limits.exit_activation and way.removed and not self._activated(exit_):
+                module = self.gm.get_submodule(str(self._node(way.removed[-1]).target))
+                yield replace(candidate, activation=type(module).__name__)
+
+    def _activated(self, exit_: fx.Node) -> bool:
+        return any(
+            isinstance(meaning(self.gm, reader, self.shared), Removable) and reader.op == "call_module"
+            for reader in exit_.users
+            if is_tensor(reader)
+        )
+
+    def _node(self, name: str) -> fx.Node:
+        return next(node for node in self.gm.graph.nodes if node_id(node) == name)
+
+    def _closed(self, entry: fx.Node, exit_: fx.Node) -> bool:
+        """Whether nothing outside reads a value between entry and exit (sizes are read from inputs, so only a leak would)."""
+        inside = members(entry, exit_)
+        return all(reader in inside for node in inside if node is not exit_ for reader in node.users)
+
+    # --- bypass and drop ---------------------------------------------------------------------------------------------------
+
+    def _bypasses(self, number: int, series: Series, units: Sequence[_Unit], inside_join: bool) -> Iterator[Site]:
+        found: list[Site] = []
+        previous_stop = 0
+        for last, unit in enumerate(units):
+            exit_ = series.children[unit.stop - 1].exit
+            if exit_ is None or not is_tensor(exit_):
+                continue
+            for first in range(last, -1, -1):
+                start = units[first].start
+                if start < previous_stop:
+                    break
+                names = tuple(name for each in units[first : last + 1] for name in each.convolutions)
+                entry = series.entry if start == 0 else series.children[start - 1].exit
+                if not names or not units[first].convolutions or entry is None or not is_tensor(entry):
+                    continue
+                if shape_of(entry) != shape_of(exit_) or not self._closed(entry, exit_):
+                    continue
+                children = series.children[start : unit.stop]
+                if any(node.meta[META].get("opaque") for child in children for node in _nodes(child)):
+                    continue
+                previous_stop = start + 1
+                if not _is_residual(children):  # dropping the other branches says the same
+                    found.append(self._bypass(number, series, units, first, last))
+                break
+        if inside_join and found and _covers(found, units):
+            found.pop()  # all of them together would turn the branch into the identity: x + x
+        yield from found
+
+    def _bypass(self, number: int, series: Series, units: Sequence[_Unit], first: int, last: int) -> Site:
+        start, stop = units[first].start, units[last].stop
+        if stop < len(series.children):
+            follower = series.children[stop]
+            module = module_of(self.gm, follower.exit) if isinstance(follower, Op) else None
+            if module is not None and isinstance(meaning(self.gm, follower.exit, self.shared), Removable):  # type: ignore[arg-type]
+                stop += 0 if isinstance(module, IDEMPOTENT) else 1
+        entry = series.entry if start == 0 else series.children[start - 1].exit
+        exit_ = series.children[stop - 1].exit
+        assert entry is not None and exit_ is not None  # noqa: S101, PT018 - the caller has checked both
+        inside = series.children[start:stop]
+        candidate = Candidate(
+            "bypass",
+            node_id(entry),
+            node_id(exit_),
+            bypassed=_convolutions(self.gm, inside),
+            removed=tuple(name for child in inside for name in _removable(self.gm, child, self.shared)),
+        )
+        return Site(number, start, stop, candidate)
+
+    def _drop(self, number: int, branch: Series, parallel: Parallel, position: int) -> Iterator[Site]:
+        names = _convolutions(self.gm, branch.children)
+        if parallel.join == "concat" or not names or parallel.entry is None or branch.exit is None:
+            return
+        others = [each for k, each in enumerate(parallel.branches) if k != position]
+        values = [parallel.entry if each is None else each.exit for each in others]
+        if any(value is None or shape_of(value) != shape_of(parallel.exit) for value in values):
+            return
+        candidate = Candidate(
+            "drop",
+            node_id(parallel.entry),
+            node_id(branch.exit),
+            bypassed=names,
+            removed=_removable(self.gm, branch, self.shared),
+            cuts=((node_id(parallel.exit), position),),
+        )
+        yield Site(number, 0, len(branch.children), candidate)
+
+    # --- refusals ----------------------------------------------------------------------------------------------------------
+
+    def _refuse_barriers(self, units: Sequence[_Unit]) -> None:
+        """Tell the convolutions on both sides of a barrier what is in their way."""
+        for index, unit in enumerate(units):
+            if not isinstance(unit.ways, Barrier) or unit.ways.code == "input":
+                continue
+            neighbours = (*_until_barrier(units[:index][::-1]), *_until_barrier(units[index + 1 :]))
+            about = unit.convolutions if unit.ways.code not in ("mesh",) else ()
+            for name in dict.fromkeys((*neighbours, *about)):
+                self._refuse(unit.ways.code, name, unit, unit.ways.reason)
+
+    def _refuse_cap(self, first: _Unit, last: _Unit) -> None:
+        cap = self.limits.max_kernel
+        for name in first.convolutions:
+            reason = f"merged up to {last.convolutions[-1]!r} its kernel would be larger than max_kernel={cap}"
+            self._refuse("kernel-cap", name, last, reason)
+
+    def _refuse(self, code: str, name: str, unit: _Unit, reason: str) -> None:
+        self.refusals.setdefault((code, name, unit.name), Refusal(code, name, unit.name, reason))
+
+
+def members(entry: fx.Node, exit_: fx.Node) -> set[fx.Node]:
+    """The operations of the region from ``entry`` (excluded) to ``exit_`` (included), parameters and sizes left out."""
+    pending, seen = [exit_], {exit_}
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source is entry or source in seen or not (is_tensor(source) or source.args) or source.op in ("get_attr", "placeholder"):
+                continue
+            seen.add(source)
+            pending.append(source)
+    return seen
+
+
+def _as_barrier(what: Meaning) -> Barrier:
+    return what if isinstance(what, Barrier) else Barrier("not-spatial", "it works on a value without spatial axes")
+
+
+def _until_barrier(units: Sequence[_Unit]) -> tuple[str, ...]:
+    """Convolutions of the nearest unit that has any, unless another barrier comes first."""
+    for unit in units:
+        if isinstance(unit.ways, Barrier):
+            return ()
+        if unit.convolutions:
+            return unit.convolutions
+    return ()
+
+
+def _is_residual(regions: Sequence[Region]) -> bool:
+    """Whether an interval is one join with an identity skip."""
+    return len(regions) == 1 and isinstance(regions[0], Parallel) and None in regions[0].branches
+
+
+def _covers(found: Sequence[Site], units: Sequence[_Unit]) -> bool:
+    """Whether bypasses together take every convolution of the units."""
+    gone = {name for site in found for name in site.candidate.bypassed}
+    return all(name in gone for unit in units for name in unit.convolutions)
+
+
+def _nodes(region: Region | Series) -> Iterator[fx.Node]:
+    if isinstance(region, Op):
+        yield region.exit
+    elif isinstance(region, Mesh):
+        yield from region.nodes
+    elif isinstance(region, Parallel):
+        for branch in region.branches:
+            if branch is not None:
+                yield from _nodes(branch)
+        yield region.exit
+    else:
+        for child in region.children:
+            yield from _nodes(child)
+
+
+def _convolutions(gm: fx.GraphModule, regions: Sequence[Region]) -> tuple[str, ...]:
+    return tuple(node_id(node) for region in regions for node in _nodes(region) if is_convolution(gm, node))
+
+
+def _removable(gm: fx.GraphModule, region: Region | Series, shared: frozenset[str]) -> tuple[str, ...]:
+    found = []
+    for node in _nodes(region):
+        what = meaning(gm, node, shared)
+        if isinstance(what, Removable) and not what.free:
+            found.append(node_id(node))
+    return tuple(found)

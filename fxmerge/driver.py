@@ -8,16 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .budget import Budget, parse_budget
 from .calibration import Batch, Calibration, read_calibration, second_example
-from .candidates import Candidate, Enumeration, Limits
+from .candidates import Candidate, Enumeration, Limits, Site
 from .capture import capture
 from .checks import check_equal, check_inputs, outputs_of, own_error
 from .errors import BudgetError, UnsupportedError, UserError
@@ -31,6 +31,9 @@ from .result import Result, merge_graph
 from .runtimes import Runtime, Timing, get_runtime, interleave
 from .solver import Frontier as Points
 from .store import LatencyStore, default_path
+
+if TYPE_CHECKING:
+    from .passes.profile_latency import LatencyTable
 
 __all__ = ["Frontier", "compress", "fold", "frontier"]
 
@@ -64,7 +67,8 @@ class Frontier:
         self,
         setup: _Setup,
         enumeration: Enumeration,
-        table: Any,
+        useful: tuple[Site, ...],
+        table: LatencyTable,
         losses: dict[Candidate, float],
         points: Points,
         original: Timing,
@@ -73,6 +77,7 @@ class Frontier:
         measure_seconds: float,
     ) -> None:
         self.enumeration = enumeration
+        self._useful = useful
         self._setup = setup
         self._table = table
         self._losses = losses
@@ -127,7 +132,7 @@ class Frontier:
         from .passes.select_segments import selection_problem
         from .solver import solve_levels
 
-        problem = selection_problem(self.enumeration, self._table, self._losses)
+        problem = selection_problem(replace(self.enumeration, sites=self._useful), self._table, self._losses)
         inner = (amount - self._table.rest) / self._table.scale
         return self._plan(solve_levels(problem, inner, levels).choices)
 
@@ -161,7 +166,7 @@ class Frontier:
         )
 
     def _plan(self, chosen: Iterable[Any]) -> Plan:
-        sites = [self.enumeration.sites[number] for number in chosen]
+        sites = [self._useful[number] for number in chosen]
         entries = tuple(
             PlanEntry(s.candidate, self._table.scale * self._table.of(s.candidate), self._losses[s.candidate]) for s in sites
         )
@@ -223,9 +228,12 @@ class Frontier:
             repeatability=max(measured.repeatability, original.repeatability),
             before=size_of(setup.base),
             after=size_of(merged),
-            candidates=dict(Counter(site.candidate.kind for site in self.enumeration.sites)),
+            candidates={
+                **Counter(site.candidate.kind for site in self.enumeration.sites),
+                "faster than what they replace": len(self._useful),
+            },
             refusals=dict(Counter(refusal.code for refusal in self.enumeration.refusals)),
-            decisions=decide(setup.base, self.enumeration, plan),
+            decisions=decide(setup.base, self.enumeration, self._useful, plan),
             error=checked.error,
             error_allowed=checked.allowed,
             original_error=rounding if rounding < float("inf") else 0.0,
@@ -312,7 +320,8 @@ def compress(
         fit: "compose": merged weights are composed, batch-norm statistics re-estimated where there is calibration data.
         method: "layermerge", or the paper's baselines "depth" (no convolution goes) and "layer" (nothing merges).
         levels: use the paper's Algorithm 1 with that many latency levels instead of the exact frontier.
-        options: those of :func:`frontier`: batch, max_span, max_kernel, exit_activation, include nothing else.
+        options: those of :func:`frontier`: batch, max_span, max_kernel, exit_activation, max_points, memory, store,
+            measure_seconds.
 
     Returns:
         The trainable model with ``merge()``, ``plan``, ``report`` and ``save()``.
@@ -461,11 +470,19 @@ def _solve(
         timer = runtime.build(_in_eval(base), *setup.example)
         original = interleave([timer], measure_seconds, deterministic=runtime.deterministic)[0]
         table = ProfileLatencyPass(enumeration, runtime, setup.batch, original.latency, store)(base).table
+    # What is no faster than leaving the network alone is never chosen: do not spend time on scoring it.
+    useful = tuple(site for site in enumeration.sites if table.of(site.candidate) < _replaced(site.candidate, table))
+    worth = replace(enumeration, sites=useful)
     with _stage(seconds, "score", "Scoring candidates"):
-        losses = ScoreImportancePass(enumeration, setup.estimator)(base).losses
+        losses = ScoreImportancePass(worth, setup.estimator)(base).losses
     with _stage(seconds, "solve", "Solving"):
-        points = SelectSegmentsPass(enumeration, table, losses, max_points)(base).frontier
-    return Frontier(setup, enumeration, table, dict(losses), points, original, timer, seconds, measure_seconds)
+        points = SelectSegmentsPass(worth, table, losses, max_points)(base).frontier
+    return Frontier(setup, enumeration, useful, table, dict(losses), points, original, timer, seconds, measure_seconds)
+
+
+def _replaced(candidate: Candidate, table: LatencyTable) -> float:
+    """Latency of the convolutions that a candidate replaces."""
+    return sum(table.kept[name] for name in (*candidate.kept, *candidate.bypassed))
 
 
 def fold(model: nn.Module, example_input: Example) -> fx.GraphModule:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .candidates import Candidate, Enumeration
+from .candidates import Candidate, Enumeration, Site
 from .errors import StoreError
 from .graph import convolutions, node_id
 from .plan import Plan, format_latency
@@ -124,22 +124,29 @@ def size_of(gm: fx.GraphModule) -> Size:
     return Size(sum(1 for _ in convolutions(gm)), sum(p.numel() for p in nn.Module.parameters(gm)))
 
 
-def decide(gm: fx.GraphModule, enumeration: Enumeration, plan: Plan) -> tuple[Decision, ...]:
-    """What became of every convolution of the original, and why."""
+def decide(
+    gm: fx.GraphModule, enumeration: Enumeration, useful: Sequence[Site], plan: Plan
+) -> tuple[Decision, ...]:
+    """What became of every convolution of the original, and why; ``useful`` are the sites that were up for choice."""
     fates: dict[str, Decision] = {}
     for candidate in plan.candidates:
         for name, decision, reason in _fates(candidate):
             fates[name] = Decision(name, decision, reason)
-    options: Counter[str] = Counter()
-    for site in enumeration.sites:
-        options.update(set(site.candidate.kept + site.candidate.bypassed))
+    options, slower = _by_convolution(useful), _by_convolution(enumeration.sites)
     refused: dict[str, list[str]] = {}
     for refusal in enumeration.refusals:
         refused.setdefault(refusal.convolution, []).append(f"[{refusal.code}] at {refusal.node}: {refusal.reason}")
     return tuple(
-        fates.get(name) or Decision(name, "kept", _why_kept(options[name], refused.get(name, ())))
+        fates.get(name) or Decision(name, "kept", _why_kept(options[name], slower[name], refused.get(name, ())))
         for name in (node_id(node) for node, _ in convolutions(gm))
     )
+
+
+def _by_convolution(sites: Sequence[Site]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for site in sites:
+        counts.update(set(site.candidate.kept + site.candidate.bypassed))
+    return counts
 
 
 def _fates(candidate: Candidate) -> list[tuple[str, str, str]]:
@@ -157,9 +164,13 @@ def _others(names: Sequence[str], name: str) -> str:
     return ", ".join(others) if others else "its skip or what was removed around it"
 
 
-def _why_kept(options: int, refused: Sequence[str]) -> str:
-    obstacles = "; ".join(refused)
+def _why_kept(options: int, listed: int, refused: Sequence[str]) -> str:
     if options:
-        chosen = f"{options} candidates would change it, none of them in the best plan for this budget"
-        return f"{chosen}; also refused: {obstacles}" if obstacles else chosen
-    return f"no candidate: {obstacles}" if obstacles else "no candidate: it has no neighbour to merge with and cannot be removed"
+        reason = f"{options} candidates would change it, none of them in the best plan for this budget"
+    elif listed:
+        reason = f"none of the {listed} candidates that would change it is faster than leaving it alone"
+    elif refused:
+        reason = "no candidate"
+    else:
+        reason = "no candidate: it has no neighbour to merge with and cannot be removed"
+    return "; ".join([reason, *(f"refused {obstacle}" for obstacle in refused)])

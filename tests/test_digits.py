@@ -63,7 +63,7 @@ def test_shift_moves_each_image_and_fills_with_background():
     assert len(rows) == 200
     assert rows.unique().tolist() == [8, 9, 10, 11, 12]
     assert columns.unique().tolist() == [10, 11, 12, 13, 14]
-    assert moved.min() == -0.5
+    assert moved.unique().tolist() == [-0.5, 0.5]
 
 
 def test_network_has_21_convolutions():
@@ -74,7 +74,7 @@ def test_network_has_21_convolutions():
 
 def test_checkpoint_has_the_stated_accuracy():
     model = pretrained().train()
-    assert accuracy(model, "test") > 0.0
+    assert accuracy(model, "test") > 0.987  # the README states 98.95 %
     assert model.training
     nn.init.zeros_(model.classifier.weight)
     assert accuracy(model, "test") < 0.2

@@ -184,7 +184,7 @@ def test_missing_onnxruntime_says_what_to_install(monkeypatch):
 
 def test_importing_the_runtimes_imports_no_onnx():
     code = (
-        "import sys, fxmerge.runtimes, fxmerge.store, fxmerge.export;"
+        "import sys, fxmerge.runtimes, fxmerge.store, fxmerge.exporters;"
         "print({'onnx', 'onnxruntime', 'onnxscript', 'networkx', 'scipy', 'rich'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
@@ -232,12 +232,24 @@ def test_onnxruntime_measures_each_layer_once():
 
 
 def test_onnxruntime_names_the_layer_it_failed_on(monkeypatch):
+    """A group that holds a bad layer fails; the groups before it are kept."""
+    monkeypatch.setattr("fxmerge.runtimes.onnxruntime._GROUP", 1)
     results = []
-    good, bad = LayerSignature(DENSE, (9, 7), 1), LayerSignature(DENSE, (9, 7), 0)
-    monkeypatch.setattr(OnnxRuntime, "_layer", lambda _, signature: {good: lambda: 1.0}[signature])
-    with pytest.raises(InternalError, match=r'ONNX Runtime failed on the layer.*"batch":0'):
-        OnnxRuntime().measure([good, bad], lambda *result: results.append(result))
-    assert results == [(good, 1.0)]
+    good, bad = LayerSignature(DENSE, (9, 7), 1), LayerSignature(DENSE, (9, 7), -1)
+    with pytest.raises(InternalError, match=r'ONNX Runtime failed on the layer.*"batch":-1'):
+        OnnxRuntime(threads=1).measure([good, bad], lambda *result: results.append(result))
+    assert [signature for signature, _ in results] == [good]
+
+
+def test_onnxruntime_leaves_layout_changes_out():
+    """A depthwise layer alone spends a good part of its time on them; its own operators take less than the whole run."""
+    depthwise = LayerSignature(Geometry(64, 64, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1), 64), (56, 56), 1)
+    results = {}
+    runtime = OnnxRuntime(threads=1)
+    runtime.measure([depthwise], results.__setitem__)
+    net = nn.Conv2d(64, 64, 3, padding=1, groups=64).eval()
+    timer = runtime.build(net, (torch.randn(1, 64, 56, 56),), {})
+    assert 0 < results[depthwise] < min(timer() for _ in range(20))
 
 
 def test_onnxruntime_environment_tells_thread_counts_apart():

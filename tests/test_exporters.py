@@ -12,9 +12,9 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-import fxmerge.export as export
+import fxmerge.exporters as export
 from fxmerge.errors import UnsupportedError, UserError
-from fxmerge.export import check_path, export_module, input_arrays, onnx_bytes
+from fxmerge.exporters import check_path, export_module, input_arrays, onnx_bytes
 
 
 class Net(nn.Module):

@@ -39,7 +39,7 @@ def parse_budget(budget: float | str, unit: str) -> Budget:
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise BudgetError(f"budget={budget!r} is a {type(budget).__name__}; {_EXPECTED}")
-    text = budget if isinstance(budget, str) else repr(budget)
+    text = str(budget)
     match = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*([A-Za-z%]*)\s*", text)
     try:
         value = float(match.group(1)) if match else math.nan

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from .errors import UserError
+from .graph import device_of, graph_meta, shape_of
 from .inputs import batch_size, map_tensors, split_example, tensors, with_batch
 
-__all__ = ["Batch", "Calibration", "parse_memory", "read_calibration", "reestimate_batch_norms"]
+__all__ = [
+    "Batch",
+    "Calibration",
+    "eval_mode",
+    "parse_memory",
+    "read_calibration",
+    "reestimate_batch_norms",
+    "second_example",
+]
 
-Batch = tuple[tuple[Any, ...], dict[str, Any]]
+Batch: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one forward pass."""
 
+_T = TypeVar("_T")
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PARTS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Calibration batches in two parts: ``fit`` for statistics and fits, ``held_out`` (a fifth of the images) for scores."""
+    """Calibration batches in two parts.
+
+    Attributes:
+        fit: for statistics and fits.
+        held_out: for scores: a fifth of the images, that no fit sees. (A single batch that cannot be split serves as
+            both.)
+        images: how many there are.
+        truncated: whether the memory bound left some out.
+    """
 
     fit: tuple[Batch, ...]
     held_out: tuple[Batch, ...]
@@ -43,23 +65,21 @@ def parse_memory(memory: str | int) -> int:
         >>> parse_memory("2GiB")
         2147483648
     """
-    if isinstance(memory, int) and memory > 0:
-        return memory
     text = str(memory).strip().upper()
     number = text.rstrip("BIKMG")
     try:
-        size = int(float(number) * _UNITS[text[len(number) :].strip()])
+        size = float(number) * _UNITS[text[len(number) :] or "B"]
     except (KeyError, ValueError):
-        size = 0
-    if size <= 0:
+        size = 0.0
+    if not 1 <= size < math.inf:
         raise UserError(f"memory={memory!r} is no amount of memory; expected something like '2GiB' or '500MB'")
-    return size
+    return int(size)
 
 
 def read_calibration(
     batches: Iterable[Any],
     take: Callable[[Any], Any] | None,
-    model: nn.Module,
+    model: fx.GraphModule,
     example: Batch,
     memory: str | int = "2GiB",
 ) -> Calibration:
@@ -67,17 +87,18 @@ def read_calibration(
 
     Args:
         batches: what a loader yields.
-        take: how to take the model's inputs out of a batch; without it a batch is a tensor, a tuple of positional inputs or a
-            dict of keyword inputs. Nothing is guessed: for (images, labels) pass ``lambda batch: batch[0]``.
+        take: how to take the model's inputs out of a batch; without it a batch is a tensor, a tuple of positional
+            inputs or a dict of keyword inputs. Nothing is guessed: for (images, labels) pass ``lambda batch:
+            batch[0]``.
         model: the canonical graph, for its device and to try the first batch.
         example: what the model was traced with.
-        memory: bound on the cache.
+        memory: bound on the cache; the first batch is kept in any case.
 
     Raises:
         UserError: a batch does not fit the model (its number in the message), or there is none.
     """
     limit = parse_memory(memory)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     expected = tensors(*example)
     read: list[Batch] = []
     used, truncated = 0, False
@@ -94,17 +115,14 @@ def read_calibration(
     if not read:
         raise UserError("calibration yielded no batch; pass a non-empty iterable, or calibration=None to do without")
     images = sum(batch_size(*batch) or 1 for batch in read)
-    if len(read) == 1 and images > 1:
-        read = _halves(read[0], images)
-    held_out = read[4::5] or read[-1:]
-    fit = [batch for batch in read if not any(batch is other for other in held_out)] or read
-    return Calibration(tuple(fit), tuple(held_out), images, truncated)
+    fit, held_out = _split(read, splits=graph_meta(model).get("dynamic_batch", True))
+    return Calibration(fit, held_out, images, truncated)
 
 
 def _iterate(batches: Iterable[Any]) -> Iterable[Any]:
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
+    if isinstance(batches, (Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise UserError(
-            f"calibration is a {type(batches).__name__}; expected an iterable of batches (a loader, a list, a generator). "
+            f"calibration is a {type(batches).__name__}; expected an iterable of batches (loader, list, generator). "
             "For a single batch pass [batch]."
         )
     return batches
@@ -120,67 +138,117 @@ def _as_batch(item: Any, take: Callable[[Any], Any] | None, number: int) -> Batc
 
 def _refuse_foreign(batch: Batch, expected: list[Tensor], number: int) -> None:
     found = tensors(*batch)
-    same = len(found) == len(expected) and all(
-        a.shape[1:] == b.shape[1:] and a.dtype == b.dtype for a, b in zip(found, expected, strict=True)
-    )
-    if not same:
+    if [_kind(t) for t in found] != [_kind(t) for t in expected]:
         raise UserError(
             f"calibration batch {number} holds tensors of shape {[list(t.shape) for t in found]}, the example input "
-            f"{[list(t.shape) for t in expected]} (dtypes {[str(t.dtype) for t in found]} and {[str(t.dtype) for t in expected]}). "
-            "Say how to take the model's inputs out of a batch, for example inputs=lambda batch: batch[0]."
+            f"{[list(t.shape) for t in expected]} (dtypes {[str(t.dtype) for t in found]} and "
+            f"{[str(t.dtype) for t in expected]}); all but the batch axis must agree. Say how to take the model's "
+            "inputs out of a batch, for example inputs=lambda batch: batch[0]."
         )
+
+
+def _kind(tensor: Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:
+    return tensor.ndim, tuple(tensor.shape[1:]), tensor.dtype
 
 
 def _try(model: nn.Module, batch: Batch) -> None:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             model(*batch[0], **batch[1])
     except Exception as error:
-        raise UserError(f"the model rejects the first calibration batch: {error}") from error
+        raise UserError(f"the model rejects calibration batch 0: {error}") from error
 
 
-def _halves(batch: Batch, images: int) -> list[Batch]:
-    """One large batch as five, so that whole images can be held out."""
-    parts = min(5, images)
-    bounds = [round(k * images / parts) for k in range(parts + 1)]
-    return [
-        map_tensors(lambda t, a=a, b=b: t[a:b] if t.ndim else t, *batch)  # type: ignore[misc]
-        for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+def _split(read: list[Batch], *, splits: bool) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+    """Every fifth batch is held out; fewer than five are cut into parts first, of two images at least."""
+    if splits and len(read) < _PARTS:
+        read = [part for batch in read for part in _parts(batch, -(-_PARTS // len(read)))]
+    if len(read) == 1:
+        return tuple(read), tuple(read)
+    held_out = read[2::_PARTS] or read[-1:]
+    return tuple(batch for batch in read if not any(batch is other for other in held_out)), tuple(held_out)
 
 
-def reestimate_batch_norms(gm: fx.GraphModule, nodes: set[fx.Node], batches: Iterable[Batch]) -> int:
-    """Set running statistics anew from forward passes, for the batch norms called by ``nodes`` alone; how many there were.
+def _parts(batch: Batch, parts: int) -> list[Batch]:
+    images = batch_size(*batch) or 1
+    parts = max(1, min(parts, images // 2))
+    bounds = [round(part * images / parts) for part in range(parts + 1)]
+    return [_rows(batch, *pair) for pair in itertools.pairwise(bounds)]
 
-    Cumulative averages over all batches (momentum None); modes and momenta are restored. A batch norm that the user keeps in
-    eval mode is re-estimated as well: its input has changed.
-    """
-    modules = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node in nodes and node.op == "call_module"]
-    norms = [
-        m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    if not norms:
-        return 0
-    training = [(module, module.training) for module in gm.modules()]
-    momenta = [(norm, norm.momentum) for norm in norms]
-    try:
-        gm.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        with torch.no_grad():
-            for args, kwargs in batches:
-                gm(*args, **kwargs)
-    finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum
-        for module, flag in training:
-            module.training = flag
-    return len(norms)
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    return map_tensors(lambda t: t[start:stop] if t.ndim else t, *batch)
 
 
 def second_example(example: Batch) -> Batch:
     """The same inputs at batch 2 or more, so that outputs can be compared between inputs."""
-    size = batch_size(*example)
-    return example if size is None or size > 1 else with_batch(*example, 2)
+    return with_batch(*example, 2) if batch_size(*example) == 1 else example
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the duration of a ``with`` block; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def reestimate_batch_norms(
+    gm: fx.GraphModule, nodes: set[fx.Node], batches: Iterable[_T], forward: Callable[[_T], object] | None = None
+) -> int:
+    """Set running statistics anew from forward passes, for the batch norms called by ``nodes`` alone.
+
+    They become averages over all batches (momentum None); modes and momenta are restored, everything else runs in eval
+    mode. A batch norm that the user keeps in eval mode is re-estimated as well: its input has changed.
+
+    Args:
+        gm: a canonical graph.
+        nodes: whose batch norms.
+        batches: what to run; batches of inputs unless ``forward`` takes something else.
+        forward: runs one of them; default the graph itself.
+
+    Returns:
+        How many batch norms there were.
+
+    Raises:
+        UserError: a batch leaves a batch norm a single value per channel, of which there is no variance.
+    """
+    norms = {
+        node: gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node in nodes and _is_norm(gm, node)
+    }
+    if not norms:
+        return 0
+    modules = [module for module in norms.values() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [module.momentum for module in modules]
+    run = forward or (lambda batch: gm(*batch[0], **batch[1]))  # type: ignore[index]
+    try:
+        with eval_mode(gm), torch.no_grad():
+            for module in modules:
+                module.reset_running_stats()
+                module.momentum = None
+                module.train()
+            for batch in batches:
+                run(batch)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        where = next((str(node.target) for node in norms if math.prod(shape_of(node)[2:]) == 1), "")
+        raise UserError(
+            f"a calibration batch of one image leaves batch norm {where!r} one value per channel and no variance: "
+            "use larger calibration batches."
+        ) from error
+    finally:
+        for module, momentum in zip(modules, momenta, strict=True):
+            module.momentum = momentum
+    return len(modules)
+
+
+def _is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    module = gm.get_submodule(str(node.target))
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None

@@ -18,7 +18,7 @@ __all__ = ["METHODS", "Candidate", "Enumeration", "Limits", "Refusal", "Site"]
 METHODS = ("layermerge", "depth", "layer")
 """The paper's method and its two baselines: no convolution goes, and nothing merges."""
 
-Kind = Literal["merge", "bypass", "drop"]
+_Kind = Literal["merge", "bypass", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,11 @@ class Limits:
     """What bounds the search for candidates.
 
     Attributes:
-        method: ``layermerge``, or a baseline of the paper: ``depth`` (no convolution goes) or ``layer`` (nothing merges).
+        method: ``layermerge``, or a baseline of the paper: ``depth`` (no convolution goes), ``layer`` (nothing merges).
         max_span: the most convolutions that one merged segment may hold.
         max_kernel: the largest kernel, per axis, that several convolutions may merge into.
-        exit_activation: whether a merge whose exit has no activation may also get one (Kim et al. 2023 do so for MobileNetV2).
+        exit_activation: whether a merge whose exit has no activation may also get one (Kim et al. 2023 do so for
+            MobileNetV2).
 
     Raises:
         UserError: an unknown method, or a bound below 1.
@@ -54,7 +55,8 @@ class Candidate:
     """One way to replace one segment.
 
     Attributes:
-        kind: ``merge`` (one convolution is left), ``bypass`` (the identity is left) or ``drop`` (a branch goes with its join).
+        kind: ``merge`` (one convolution is left), ``bypass`` (the identity is left) or ``drop`` (a branch goes with its
+            join).
         entry: the value the segment reads.
         exit: the value it gives.
         kept: convolutions that merge into one.
@@ -65,7 +67,7 @@ class Candidate:
         activation: ``torch.nn`` class of the activation inserted behind the merged convolution, None for none.
     """
 
-    kind: Kind
+    kind: _Kind
     entry: str
     exit: str
     kept: tuple[str, ...] = ()
@@ -123,7 +125,14 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why something was not merged: a reason code, the convolution it is about, the node in the way, and the reason in words."""
+    """Why something was not merged.
+
+    Attributes:
+        code: of the reason.
+        convolution: that it is about.
+        node: in the way.
+        reason: in words.
+    """
 
     code: str
     convolution: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .errors import CaptureError, UnsupportedError, UserError
-from .graph import graph_meta
-from .inputs import Example, batch_size, split_example, with_batch
+from .errors import CaptureError, UserError
+from .graph import CONVOLUTIONS, CanonicalGraph, graph_meta
+from .inputs import Example, batch_size, map_tensors, split_example, tensors, with_batch
 
 __all__ = ["capture"]
 
@@ -22,39 +24,46 @@ __all__ = ["capture"]
 def capture(model: nn.Module, example_input: Example) -> fx.GraphModule:
     """Trace a model into its canonical graph: a view that shares the model's Parameters and buffers.
 
-    Convolutions, batch norms, activations, pools, dropouts and linears become ``call_module`` nodes of ``torch.nn`` classes
-    under the names the model gave them, so ``state_dict`` keys stay; everything else is ``call_function``. The graph computes
-    what the model computes, in eval and in train mode, and for other batch sizes where ``torch.export`` allows it (otherwise
-    ``gm.meta["fxmerge"]["dynamic_batch"]`` is False). The model itself is left as it was: weights, statistics, gradients,
-    training flags and hooks.
+    Convolutions, batch norms, activations, pools, dropouts and linears become ``call_module`` nodes of ``torch.nn``
+    classes under the names the model gave them, so ``state_dict`` keys stay (what the forward pass does not use is left
+    out); everything else is ``call_function``. The graph computes what the model computes, in eval and in train mode,
+    and for other batch sizes where ``torch.export`` allows it (otherwise ``gm.meta["fxmerge"]["dynamic_batch"]`` is
+    False). The model itself is left as it was: weights, statistics, gradients, training flags and hooks.
 
     Args:
-        model: any module that ``torch.export`` can trace.
-        example_input: a tensor, a tuple (positional inputs) or a dict (keyword inputs). Non-tensor inputs are constants of
-            the capture: calling the graph with others raises.
+        model: any module that ``torch.export`` can trace; one that is itself a convolution is captured as
+            ``nn.Sequential(model)``.
+        example_input: a tensor, a tuple (positional inputs) or a dict (keyword inputs). Non-tensor inputs are constants
+            of the capture: calling the graph with others raises.
 
     Raises:
-        UserError: the example is not a tensor, tuple or dict, or the model rejects it, or its parameters are on ``meta`` or
-            on several devices.
+        UserError: the example is not a tensor, tuple or dict, or the model rejects it, or its parameters are on
+            ``meta`` or on several devices.
         CaptureError: ``torch.export`` cannot trace the model; the message names the place.
+
+    Warns:
+        UserWarning: a module branches on ``self.training``. The graph has its eval-mode branch only.
 
     Example:
         >>> import torch, fxmerge
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
-        >>> [node.target for node in fxmerge.capture(net, torch.randn(1, 3, 8, 8)).graph.nodes if node.op == "call_module"]
+        >>> gm = fxmerge.capture(net, torch.randn(1, 3, 8, 8))
+        >>> [node.target for node in gm.graph.nodes if node.op == "call_module"]
         ['0', '1']
     """
     from .passes.canonicalise import canonicalise
 
     args, kwargs = split_example(example_input)
     device = _only_device(model)
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
     _warn_of_training_branches(model)
+    if isinstance(model, CONVOLUTIONS):
+        model = nn.Sequential(model).train(model.training)
+    args, kwargs = map_tensors(lambda tensor: tensor.detach().to(device), args, kwargs)
     with _eval_mode(model):
         _refuse_rejected(model, args, kwargs)
         program, dynamic = _export(model, args, kwargs)
         exported = program.module(check_guards=False)
-        gm = fx.GraphModule(exported, exported.graph, type(model).__name__)
+    gm = CanonicalGraph(exported, exported.graph, type(model).__name__)
     canonicalise(gm, model)
     graph_meta(gm)["dynamic_batch"] = dynamic
     return gm
@@ -64,12 +73,12 @@ def _only_device(model: nn.Module) -> torch.device:
     places: dict[torch.device, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         places.setdefault(tensor.device, name)
-    if any(device.type == "meta" for device in places):
-        name = next(name for device, name in places.items() if device.type == "meta")
-        raise UserError(
-            f"parameter {name!r} is on the meta device and has no values. Materialise the model first "
-            "(model.to_empty(device=...) and load its weights)."
-        )
+    for device, name in places.items():
+        if device.type == "meta":
+            raise UserError(
+                f"parameter {name!r} is on the meta device and has no values. Materialise the model first "
+                "(model.to_empty(device=...) and load its weights)."
+            )
     if len(places) > 1:
         listed = ", ".join(f"{name!r} on {device}" for device, name in places.items())
         raise UserError(f"the model lies on several devices ({listed}). Move it to one: model.to(device).")
@@ -78,8 +87,10 @@ def _only_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, by its flag alone: ``eval()`` may be overridden to do more."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in flags:
+        module.training = False
     try:
         yield
     finally:
@@ -89,11 +100,13 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _refuse_rejected(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """One forward pass, so that a wrong example is told from a model that cannot be traced."""
+    copied_args, copied_kwargs = map_tensors(torch.clone, args, kwargs)  # the model may write into its input
     try:
-        with torch.no_grad():
-            model(*args, **kwargs)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(*copied_args, **copied_kwargs)
     except Exception as error:
-        shapes = [list(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        shapes = [list(tensor.shape) for tensor in tensors(args, kwargs)]
         raise UserError(
             f"{type(model).__name__} rejects the example input (tensors of shape {shapes}): {_first_line(error)}. "
             "Pass what model(...) takes: a tensor, a tuple for several positional inputs, a dict for keyword inputs."
@@ -118,8 +131,8 @@ def _export(
             failure = error
     assert failure is not None  # noqa: S101 - the loop above ran at least once
     raise CaptureError(
-        f"torch.export cannot trace {type(model).__name__}: {_first_line(failure)}{_place(failure)}. Rewrite that part without "
-        "control flow on tensor values, or compress the submodule that holds the convolutions."
+        f"torch.export cannot trace {type(model).__name__}: {_first_line(failure)}{_place(failure)}. "
+        "Rewrite that part without control flow on tensor values, or compress the submodule that has the convolutions."
     ) from failure
 
 
@@ -127,19 +140,17 @@ def _export_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
 ) -> torch.export.ExportedProgram:
     shapes = None
+    args, kwargs = map_tensors(torch.clone, args, kwargs)  # torch.export marks them, and the model may write them
     if dynamic:
-        shapes = pytree.tree_map(
-            lambda leaf: {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.ndim else None, (args, kwargs)
-        )
-        names = list(inspect.signature(model.forward).parameters)
-        shapes = _by_parameter(names, *shapes) if kwargs else shapes[0]
+        axes = pytree.tree_map(_batch_axis, (args, kwargs))
+        shapes = dict(inspect.signature(model.forward).bind(*axes[0], **axes[1]).arguments)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _by_parameter(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _batch_axis(leaf: object) -> object:
+    return {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.ndim else None
 
 
 def _first_line(error: BaseException) -> str:
@@ -160,22 +171,31 @@ def _place(error: BaseException) -> str:
 
 
 def _warn_of_training_branches(model: nn.Module) -> None:
-    """Python branches on ``self.training`` do not exist in an eval-mode capture: say so, with the module's name."""
-    for path, module in model.named_modules():
-        if type(module).__module__.startswith("torch.") or not path:
-            continue
-        try:
-            source = inspect.getsource(type(module).forward)
-        except (OSError, TypeError):
-            continue
-        if "self.training" in source and "dropout" not in source:
-            warnings.warn(
-                f"module {path!r} ({type(module).__name__}) branches on self.training: the captured graph has its eval-mode "
-                "branch only, in training too",
-                stacklevel=4,
-            )
+    """Python branches on ``self.training`` do not exist in an eval-mode capture: say so, with the modules' names."""
+    found = [
+        f"{path!r} ({type(module).__name__})" if path else type(module).__name__
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.") and _branches_on_training(type(module))
+    ]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        warnings.warn(
+            f"{', '.join(found[:3])}{more} may behave differently on self.training: the captured graph does what they "
+            "do in eval mode, in training too",
+            stacklevel=3,
+        )
 
 
-def unsupported(node: fx.Node, reason: str) -> UnsupportedError:
-    """The error for a graph that fxmerge cannot treat, naming the node."""
-    return UnsupportedError(f"node {node.format_node()}: {reason}")
+def _branches_on_training(kind: type[nn.Module]) -> bool:
+    """Whether ``forward`` reads ``self.training`` for anything but the dropout and batch norm of torch."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    traced = [call for call in calls if any(name in ast.unparse(call.func) for name in ("dropout", "batch_norm"))]
+    harmless = {id(node) for call in traced for argument in (*call.args, *call.keywords) for node in ast.walk(argument)}
+    return any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == "self.training" and id(node) not in harmless
+        for node in ast.walk(tree)
+    )

@@ -141,6 +141,15 @@ class Frontier:
         """The plan of one point of the frontier."""
         return self._plan(self._points.choices(index))
 
+    def compress(self, budget: float | str) -> Result:
+        """Install the best plan within a budget; on a runtime that measures, found by building and measuring networks.
+
+        Raises:
+            BudgetError: see :meth:`at`.
+            InternalError: a check failed.
+        """
+        return self._fit_budget(parse_budget(budget, self.unit))
+
     def apply(self, plan: Plan) -> Result:
         """Install a plan: relax, compose weights, fold, check, measure.
 
@@ -149,8 +158,11 @@ class Frontier:
             InternalError: a check failed.
         """
         refuse_other_structure(plan.structure, self._setup.base)
+        return self._apply(plan, plan.predicted)
+
+    def _apply(self, plan: Plan, requested: float) -> Result:
         measured, original = self._measure(self._install(plan, None)[0])
-        return self._result(plan, measured, original, plan.predicted)
+        return self._result(plan, measured, original, requested)
 
     def _index(self, amount: float) -> int:
         latencies = np.array([latency for latency, _ in self.points])
@@ -256,14 +268,12 @@ class Frontier:
             _log.info(note)
             return self._result(plan, self._original, self._original, amount, (note,))
         if self._setup.runtime.deterministic:
-            plan = self.plan(self._index(amount))
-            measured, original = self._measure(self._install(plan, None)[0])
-            return self._result(plan, measured, original, amount)
+            return self._apply(self.plan(self._index(amount)), amount)
         return self._search(budget)
 
     def _search(self, budget: Budget) -> Result:
         latencies = np.array([latency for latency, _ in self.points])
-        below, above = -1, len(latencies)
+        below, above = -1, len(latencies) - 1  # the last plan is the original itself
         best: tuple[Plan, Timing, Timing] | None = None
         smallest = float("inf")
         target = budget.resolve(self.original)

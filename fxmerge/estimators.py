@@ -1,13 +1,14 @@
 """Importance: what applying one candidate costs the whole network.
 
-An estimator turns candidates into losses. :class:`Magnitude` needs no data; :class:`Distortion` compares outputs on calibration
-inputs, no labels needed.
+An estimator turns candidates into losses. :class:`Magnitude` needs no data; :class:`Distortion` compares outputs on
+calibration inputs, no labels needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,13 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .calibration import Batch, Calibration, reestimate_batch_norms
+from .algebra import Conv
+from .calibration import Calibration, eval_mode, parse_memory, reestimate_batch_norms
 from .candidates import Candidate
 from .errors import UserError
-from .graph import by_id, clone, module_of
+from .evaluate import evaluate, recorder
+from .graph import CONVOLUTIONS, META, by_id, clone, is_convolution, is_tensor, module_of, node_id, shape_of
 from .linear import conv_geometry
+from .regions import JOINS
 
-__all__ = ["Distortion", "Estimator", "Magnitude", "distance", "get_estimator"]
+__all__ = ["Distortion", "Estimator", "Magnitude", "apply_candidates", "changed_nodes", "distance", "get_estimator"]
+
+
+_LEAST_EXPLAINED = 1e-6
+"""Of the variance: what removed operations explain at least, so that every loss is finite."""
 
 
 @runtime_checkable
@@ -33,7 +41,9 @@ class Estimator(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is called in progress and reports."""
+        ...
 
     def prepare(self, gm: fx.GraphModule) -> Callable[[Candidate], float]:
         """Do once what all candidates of a network share; the result scores one candidate."""
@@ -41,151 +51,195 @@ class Estimator(Protocol):
 
 
 class Magnitude:
-    """Losses from the weights alone: the variance that every removed operation would have contributed.
+    """Losses from the weights alone: how much of the signal's correlation with the original every removal costs.
 
-    Each operation is taken on its own, with independent standard normal inputs, and counts with the share of its output's
-    variance that no per-channel affine map of its input explains: 0 where the operation is one already, 1 where its
-    output has nothing to do with its input. For an activation f that is 1 - Cov(x, f(x))^2 / Var f(x) (0.27 for ReLU), by
-    Gauss-Hermite quadrature; for a convolution the mean over output channels of 1 - w^2 / |W|^2, w being the tap that the
-    identity has. A candidate's loss is the sum over what it removes. The measure is fxmerge's own; LayerMerge uses weight norms
-    only to choose which convolutions of a segment stay (section 4.3), as fxmerge does too.
+    Each operation is taken on its own, with independent standard normal inputs. The share of its output's variance that
+    a per-channel affine map of its input explains, the squared correlation r^2, is what is left when the identity
+    replaces it: for an activation f it is Cov(x, f(x))^2 / Var f(x) (0.73 for ReLU), by Gauss-Hermite quadrature; for a
+    convolution the mean over output channels of w^2 / |W|^2, w being the tap that the identity has. Along a chain
+    squared correlations multiply, so losses add as -log r^2: 0.31 for a ReLU, several nats for a convolution; r^2 is
+    taken to be at least 1e-6. A convolution that goes takes one activation along at no further loss, the cheapest: the
+    identity in its place would leave two activations in a row, or one where none was. The measure is fxmerge's own; LayerMerge uses weight norms only to choose which
+    convolutions of a segment stay (section 4.3), as fxmerge does too.
     """
 
     name = "magnitude"
 
     def prepare(self, gm: fx.GraphModule) -> Callable[[Candidate], float]:
-        """Compute the share of every operation once."""
+        """Compute the loss of every operation once."""
         nodes = by_id(gm)
-        shares: dict[str, float] = {}
+        losses: dict[str, float] = {}
 
-        def share(name: str) -> float:
-            if name not in shares:
+        def loss(name: str) -> float:
+            if name not in losses:
                 module = module_of(gm, nodes[name])
                 assert module is not None  # noqa: S101 - only modules are removed
-                shares[name] = _unexplained(module)
-            return shares[name]
+                losses[name] = -math.log(max(1.0 - _unexplained(module), _LEAST_EXPLAINED))
+            return losses[name]
 
-        return lambda candidate: sum(map(share, (*candidate.bypassed, *candidate.removed)))
+        def score(candidate: Candidate) -> float:
+            activations = sorted(map(loss, candidate.removed))
+            return sum(map(loss, candidate.bypassed)) + sum(activations[len(candidate.bypassed) :])
+
+        return score
 
 
 def _unexplained(module: nn.Module) -> float:
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return _unexplained_by_identity(module)
+    return _unexplained_of_conv(module) if isinstance(module, CONVOLUTIONS) else _unexplained_of_activation(module)
+
+
+def _unexplained_of_activation(module: nn.Module) -> float:
+    """The share by quadrature; the mean over channels where each has parameters of its own."""
     points, weights = np.polynomial.hermite_e.hermegauss(64)
-    weights = weights / weights.sum()
-    parameters = list(module.parameters())
-    device = parameters[0].device if parameters else torch.device("cpu")
-    dtype = parameters[0].dtype if parameters else torch.float64
-    channels = parameters[0].numel() if parameters else 1
+    weights /= weights.sum()
+    parameter = next(module.parameters(), torch.empty(1, dtype=torch.float64))
     with torch.no_grad():
-        x = torch.tensor(points, dtype=dtype, device=device).reshape(-1, 1).expand(-1, channels)
-        y = module(x).mean(dim=1).double().cpu().numpy()
-    mean = float(weights @ y)
-    variance = float(weights @ (y - mean) ** 2)
-    covariance = float(weights @ (points * y))
-    return max(0.0, 1.0 - covariance**2 / variance) if variance > 0 else 1.0
+        x = torch.tensor(points).to(parameter).reshape(-1, 1).expand(-1, parameter.numel())
+        y = module(x).double().cpu().numpy()
+    variance = weights @ (y - weights @ y) ** 2
+    covariance = (weights * points) @ y
+    explained = np.divide(covariance**2, variance, out=np.zeros_like(variance), where=variance > 0)
+    return float(np.maximum(0.0, 1.0 - explained).mean())
 
 
-def _unexplained_by_identity(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> float:
+def _unexplained_of_conv(module: Conv) -> float:
     geometry = conv_geometry(module)
+    taps = zip(geometry.left, geometry.dilation, geometry.kernel, strict=True)
+    if geometry.in_channels != geometry.out_channels or any(left % d or not 0 <= left // d < k for left, d, k in taps):
+        return 1.0  # no tap is the identity's
     weight = module.weight.detach().double()
+    centre: tuple[Any, ...] = (..., *(left // d for left, d in zip(geometry.left, geometry.dilation, strict=True)))
+    channels = torch.arange(geometry.out_channels, device=weight.device)
+    own = weight[centre][channels, channels % weight.shape[1]].square()
     total = weight.flatten(1).square().sum(dim=1)
-    centre = tuple(left // d for left, d in zip(geometry.left, geometry.dilation, strict=True))
-    aligned = all(left % d == 0 for left, d in zip(geometry.left, geometry.dilation, strict=True))
-    inside = all(0 <= tap < k for tap, k in zip(centre, geometry.kernel, strict=True))
-    if geometry.in_channels != geometry.out_channels or not aligned or not inside:
-        return 1.0
-    tap = weight[(slice(None), slice(None), *centre)]
-    per_group = geometry.out_channels // geometry.groups
-    own = tap[torch.arange(geometry.out_channels), torch.arange(geometry.out_channels) % per_group].square()
-    return float((1.0 - own / total.clamp_min(torch.finfo(torch.float64).tiny)).mean())
+    return float((1.0 - own / total.clamp_min(torch.finfo(total.dtype).tiny)).mean())
 
 
 class Distortion:
     """Losses from the network's outputs on calibration inputs.
 
-    One candidate is applied with the weights that would be installed (composed, batch-norm statistics re-estimated on the
-    batches to fit), and the outputs on the held-out batches are compared with the original's by :func:`distance`.
+    One candidate is applied with the weights that would be installed (composed, batch-norm statistics re-estimated on
+    the batches to fit), and the outputs on the held-out batches are compared with the original's by :func:`distance`.
+    Only what lies behind the candidate is computed: values in front of it are remembered from the original.
 
     Args:
         calibration: what :func:`fxmerge.calibration.read_calibration` returned.
+        memory: bound on what is remembered; with less of it more is computed again, and the losses are the same.
     """
 
     name = "distortion"
 
-    def __init__(self, calibration: Calibration) -> None:
+    def __init__(self, calibration: Calibration, memory: str | int = "2GiB") -> None:
         self.calibration = calibration
+        self.memory = parse_memory(memory)
 
     def prepare(self, gm: fx.GraphModule) -> Callable[[Candidate], float]:
         """Run the original once."""
-        reference = [_outputs(gm, batch) for batch in self.calibration.held_out]
+        from .passes.relax import RelaxPass
+
+        remembered = _worth_remembering(gm, self.calibration.images, self.memory)
+        with eval_mode(gm):
+            run = recorder(gm, remembered)
+            fit = [_by_id(run(batch)[1]) for batch in self.calibration.fit]
+            held_out = [(_by_id(values), outputs) for outputs, values in map(run, self.calibration.held_out)]
 
         def score(candidate: Candidate) -> float:
-            relaxed = apply_candidates(gm, (candidate,), self.calibration)
-            pairs = zip(self.calibration.held_out, reference, strict=True)
-            return float(np.mean([distance(_outputs(relaxed, batch), expected) for batch, expected in pairs]))
+            relaxed = RelaxPass((candidate,))(clone(gm, share_parameters=True)).graph_module.eval()
+            changed = changed_nodes(gm, relaxed)
+            output = next(iter(relaxed.graph.find_nodes(op="output")))
+
+            def forward(values: dict[str, Any]) -> list[Tensor]:
+                unchanged = {node: values[node_id(node)] for node in known}
+                with torch.no_grad():
+                    return _floats(evaluate(relaxed, output, unchanged))
+
+            known = [node for node in relaxed.graph.nodes if node not in changed and node_id(node) in fit[0]]
+            reestimate_batch_norms(relaxed, changed, fit, forward)
+            return float(np.mean([distance(forward(values), outputs) for values, outputs in held_out]))
 
         return score
 
 
+def _worth_remembering(gm: fx.GraphModule, images: int, memory: int) -> list[fx.Node]:
+    """The inputs, and of what convolutions and joins read the last values that fit into memory.
+
+    Later values save more and are smaller. Where something is written in place no value is safe but the inputs.
+    """
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    if any(node.meta.get(META, {}).get("opaque") for node in gm.graph.nodes):
+        return inputs
+    chosen: list[fx.Node] = []
+    for node in reversed(gm.graph.nodes):
+        if not is_tensor(node) or node in inputs or not any(_starts(gm, reader) for reader in node.users):
+            continue
+        memory -= images * math.prod(shape_of(node)[1:]) * getattr(torch, node.meta[META]["dtype"]).itemsize
+        if memory < 0:
+            break
+        chosen.append(node)
+    return [*inputs, *chosen]
+
+
+def _starts(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return is_convolution(gm, node) or node.target in JOINS
+
+
+def _by_id(values: dict[fx.Node, Any]) -> dict[str, Any]:
+    return {node_id(node): value for node, value in values.items()}
+
+
+def _floats(outputs: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def apply_candidates(
-    gm: fx.GraphModule, candidates: tuple[Candidate, ...], calibration: Calibration | None
+    gm: fx.GraphModule, candidates: Collection[Candidate], calibration: Calibration | None
 ) -> fx.GraphModule:
-    """A relaxed copy with the weights that will be installed: composed, statistics behind the first change re-estimated."""
+    """A relaxed copy with the weights that will be installed: composed, statistics behind a change re-estimated."""
     from .passes.relax import RelaxPass
 
-    relaxed = RelaxPass(candidates)(clone(gm)).graph_module
+    relaxed: fx.GraphModule = RelaxPass(tuple(candidates))(clone(gm)).graph_module
     if calibration is not None and candidates:
         reestimate_batch_norms(relaxed, changed_nodes(gm, relaxed), calibration.fit)
     return relaxed
 
 
 def changed_nodes(original: fx.GraphModule, relaxed: fx.GraphModule) -> set[fx.Node]:
-    """Operations of ``relaxed`` whose inputs may differ from those they had in ``original``."""
+    """Operations of ``relaxed`` whose values may differ from those they had in ``original``.
+
+    They are new, read something else, or read what has changed.
+    """
     before = by_id(original)
     changed: set[fx.Node] = set()
     for node in relaxed.graph.nodes:
-        twin = before.get(_id(node))
-        same_inputs = twin is not None and list(map(_id, twin.all_input_nodes)) == list(map(_id, node.all_input_nodes))
-        if not same_inputs or any(source in changed for source in node.all_input_nodes):
+        twin = before.get(node_id(node))
+        same = twin is not None and list(map(node_id, twin.all_input_nodes)) == list(map(node_id, node.all_input_nodes))
+        if not same or not changed.isdisjoint(node.all_input_nodes):
             changed.add(node)
     return changed
 
 
-def _id(node: fx.Node) -> str:
-    from .graph import node_id
-
-    return node_id(node)
-
-
-def _outputs(gm: nn.Module, batch: Batch) -> list[Tensor]:
-    training = [(module, module.training) for module in gm.modules()]
-    try:
-        gm.eval()
-        with torch.no_grad():
-            outputs = gm(*batch[0], **batch[1])
-    finally:
-        for module, flag in training:
-            module.training = flag
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def distance(outputs: list[Tensor], reference: list[Tensor]) -> float:
+def distance(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """How far outputs are from the reference's, averaged over them.
 
-    Two-dimensional outputs are taken for logits: mean over the batch of KL(softmax(reference) || softmax(output)), in nats.
+    Two-dimensional outputs are taken for logits: mean over the batch of KL(softmax(reference) || softmax(output)), in
+    nats.
     Others: squared error over the reference's variance around its mean over the batch.
+
+    Example:
+        >>> zeros, ones = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+        >>> distance([zeros], [ones])
+        1.0
     """
     return float(np.mean([_one_distance(a.double(), b.double()) for a, b in zip(outputs, reference, strict=True)]))
 
 
 def _one_distance(output: Tensor, reference: Tensor) -> float:
     if reference.ndim == 2 and reference.shape[1] > 1:
-        return float(
-            F.kl_div(output.log_softmax(1), reference.log_softmax(1), log_target=True, reduction="batchmean").clamp_min(0)
-        )
-    spread = (reference - reference.mean(dim=0)).square().sum() if reference.shape[0] > 1 else reference.square().sum()
-    return float((output - reference).square().sum() / spread.clamp_min(torch.finfo(torch.float64).tiny))
+        found, expected = output.log_softmax(1), reference.log_softmax(1)
+        return max(0.0, float(F.kl_div(found, expected, log_target=True, reduction="batchmean")))
+    centred = reference - reference.mean(dim=0) if reference.ndim and reference.shape[0] > 1 else reference
+    spread = centred.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((output - reference).square().sum() / spread)
 
 
 def get_estimator(spec: str | Estimator, calibration: Calibration | None) -> Estimator:
@@ -202,4 +256,6 @@ def get_estimator(spec: str | Estimator, calibration: Calibration | None) -> Est
         if calibration is None:
             raise UserError("importance='distortion' compares outputs on calibration inputs: pass calibration=...")
         return Distortion(calibration)
-    raise UserError(f"unknown importance {spec!r}; the known ones are auto, distortion, magnitude, or an object with prepare()")
+    raise UserError(
+        f"unknown importance {spec!r}; the known ones are auto, distortion, magnitude, or an object with prepare()"
+    )

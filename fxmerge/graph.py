@@ -1,9 +1,9 @@
 """What the rest of fxmerge reads off a canonical graph: names, shapes, modules, structure.
 
-A canonical graph is a :class:`torch.fx.GraphModule` whose convolutions, norms, activations, pools, dropouts and linears are
-``call_module`` nodes of ``torch.nn`` classes; :mod:`fxmerge.passes.canonicalise` makes one. Every node carries plain data under
-``node.meta["fxmerge"]``: its ``id`` (module path, operator and call index: stable between captures of the same network) and, if
-it is a tensor, its ``shape`` and ``dtype`` at capture.
+A canonical graph is a :class:`torch.fx.GraphModule` whose convolutions, norms, activations, pools, dropouts and linears
+are ``call_module`` nodes of ``torch.nn`` classes; :mod:`fxmerge.passes.canonicalise` makes one. Every node carries
+plain data under ``node.meta["fxmerge"]``: its ``id`` (module path, operator and call index: stable between captures of
+the same network) and, if it is a tensor, its ``shape`` and ``dtype`` at capture.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.node import Argument, Target
 
 from .errors import PlanError
 
 __all__ = [
     "CONVOLUTIONS",
     "META",
+    "CanonicalGraph",
+    "between",
     "by_id",
     "clone",
     "convolutions",
@@ -36,10 +39,10 @@ __all__ = [
     "node_id",
     "record_shapes",
     "refuse_other_structure",
-    "sweep",
     "shape_of",
     "shared_targets",
     "structure",
+    "sweep",
 ]
 
 META = "fxmerge"
@@ -59,7 +62,7 @@ def by_id(gm: fx.GraphModule) -> dict[str, fx.Node]:
 
 
 def graph_meta(gm: fx.GraphModule) -> dict[str, Any]:
-    """fxmerge's plain data about the whole graph, created when missing."""
+    """Fxmerge's plain data about the whole graph, created when missing."""
     data: dict[str, Any] = gm.meta.setdefault(META, {})
     return data
 
@@ -92,26 +95,82 @@ def convolutions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Conv1d | nn.C
             yield node, module
 
 
+def between(entry: fx.Node, exit_: fx.Node) -> set[fx.Node]:
+    """The operations on the way from ``entry`` (excluded) to ``exit_`` (included).
+
+    Parameters, sizes and side inputs are not on the way; the result is empty where ``exit_`` does not depend on
+    ``entry``.
+    """
+    pending, sources = [exit_], {exit_}
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in sources and entry < source:
+                sources.add(source)
+                pending.append(source)
+    inside: set[fx.Node] = set()
+    for node in sorted(sources):
+        if any(source is entry or source in inside for source in node.all_input_nodes) and not _is_number(node):
+            inside.add(node)
+    return inside
+
+
+def _is_number(node: fx.Node) -> bool:
+    data = node.meta.get(META, {})
+    return "id" in data and "shape" not in data and "parts" not in data
+
+
 def shared_targets(gm: fx.GraphModule) -> frozenset[str]:
-    """Module paths that no rewrite may change alone: called more than once, or holding a Parameter held elsewhere too."""
+    """Paths of the modules that no rewrite may change alone.
+
+    They are called more than once, or hold a Parameter that another module holds or an operation reads.
+    """
     calls = Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
     holders: dict[int, list[str]] = {}
     for path, module in gm.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(path)
     aliased = {path for paths in holders.values() if len(paths) > 1 for path in paths}
-    direct = {
-        str(node.target).rpartition(".")[0] for node in gm.graph.nodes if node.op == "get_attr"
-    }
+    direct = {str(node.target).rpartition(".")[0] for node in gm.graph.nodes if node.op == "get_attr"}
     return frozenset({target for target, count in calls.items() if count > 1} | aliased | direct)
 
 
-def clone(gm: fx.GraphModule) -> fx.GraphModule:
-    """A deep copy that shares nothing, fxmerge's plain data included (``copy.deepcopy`` shares ``meta``); aliases stay aliased."""
+class CanonicalGraph(fx.GraphModule):
+    """A ``GraphModule`` that ``copy.deepcopy`` copies as :func:`clone` does."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        return _deep_copy(self, memo)
+
+
+def clone(gm: fx.GraphModule, *, share_parameters: bool = False) -> fx.GraphModule:
+    """A deep copy that shares nothing with ``gm``, fxmerge's plain data included; aliases stay aliased.
+
+    Args:
+        gm: a canonical graph.
+        share_parameters: let the copy hold the very Parameters of ``gm``, which is much faster; buffers are copied.
+
+    Example:
+        >>> import torch, fxmerge
+        >>> gm = fxmerge.capture(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 8, 8))
+        >>> copied = clone(gm)
+        >>> torch.equal(copied.get_parameter("0.weight"), gm.get_parameter("0.weight"))
+        True
+        >>> copied.get_parameter("0.weight") is gm.get_parameter("0.weight")
+        False
+    """
+    return _deep_copy(gm, {id(parameter): parameter for parameter in gm.parameters()} if share_parameters else {})
+
+
+def _deep_copy(gm: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+    """The copy that torch makes, less its faults.
+
+    Those are: the nodes' plain data is shared, buffers of the root become persistent, the class loses its name, and
+    torch warns of its own pytree specs.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, from copying its pytree specs
-        copied: fx.GraphModule = copy.deepcopy(gm)
-    copied.meta[META] = copy.deepcopy(gm.meta.get(META, {}))
+        warnings.simplefilter("ignore", FutureWarning)
+        copied = fx.GraphModule.__deepcopy__(gm, memo)
+    type(copied).__name__ = type(gm).__name__
+    copied._non_persistent_buffers_set |= gm._non_persistent_buffers_set & copied._buffers.keys()
     for node in copied.graph.nodes:
         if META in node.meta:
             node.meta[META] = copy.deepcopy(node.meta[META])
@@ -122,24 +181,32 @@ def record_shapes(gm: fx.GraphModule) -> None:
     """Write the shapes of all values anew, from those of the inputs, without computing anything."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = device_of(gm)
-    with mode:
+    with mode, torch.no_grad():
         inputs = [
             torch.empty(shape_of(node), dtype=getattr(torch, node.meta[META]["dtype"]), device=device)
             if is_tensor(node)
             else node.meta[META].get("constant")
             for node in gm.graph.find_nodes(op="placeholder")
         ]
+        _ShapeRecorder(gm).run(*inputs, enable_io_processing=False)
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, torch.Tensor):
-                kept = {key: n.meta[META][key] for key in ("id", "opaque") if key in n.meta.get(META, {})}
-                n.meta[META] = {**kept, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-            return value
 
-    with mode, torch.no_grad():
-        Recorder(gm).run(*inputs, enable_io_processing=False)
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph on tensors without values; modules whose shape is known are not even called."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            kept = {key: n.meta[META][key] for key in ("id", "opaque") if key in n.meta.get(META, {})}
+            n.meta[META] = {**kept, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        return value
+
+    def call_module(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        from .linear import shape_after  # it reads this module
+
+        value: Any = args[0]
+        shape = shape_after(self.fetch_attr(str(target)), tuple(value.shape)) if isinstance(value, Tensor) else None
+        return super().call_module(target, args, kwargs) if shape is None else value.new_empty(shape)
 
 
 def sweep(gm: fx.GraphModule) -> None:

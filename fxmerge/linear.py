@@ -14,13 +14,42 @@ from torch import fx, nn
 from .algebra import ConvMap, Geometry
 from .graph import CONVOLUTIONS, META, is_tensor, module_of, shape_of
 
-__all__ = ["IDEMPOTENT", "REMOVABLE", "Barrier", "Linear", "Meaning", "Removable", "activation_after", "meaning", "linear_map"]
+__all__ = [
+    "FREE",
+    "IDEMPOTENT",
+    "REMOVABLE",
+    "Barrier",
+    "Linear",
+    "Meaning",
+    "Removable",
+    "activation_after",
+    "conv_geometry",
+    "linear_map",
+    "meaning",
+    "pad_sides",
+    "shape_after",
+]
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 REMOVABLE: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.ReLU6, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.GELU, nn.LeakyReLU, nn.ELU,
-    nn.CELU, nn.SELU, nn.Softplus, nn.Hardtanh, nn.LogSigmoid, nn.PReLU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.GELU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Softplus,
+    nn.Hardtanh,
+    nn.LogSigmoid,
+    nn.PReLU,
 )
 """Activations: replacing one by the identity keeps shapes."""
 
@@ -31,12 +60,13 @@ IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 """Activations that change nothing when applied twice."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_PADS = (aten.pad.default, aten.constant_pad_nd.default, torch.nn.functional.pad)
+_SHAPE_KEEPING = (*REMOVABLE, *FREE, *_BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
+_PADS = (_aten.pad.default, _aten.constant_pad_nd.default, torch.nn.functional.pad)
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear operation of one input, with its shape; ``norm`` is the summed absolute weight of a convolution, else 0."""
+    """A linear operation of one input, with its geometry."""
 
     geometry: Geometry
 
@@ -77,9 +107,11 @@ def meaning(gm: fx.GraphModule, node: fx.Node, shared: frozenset[str]) -> Meanin
     if isinstance(module, REMOVABLE) and str(node.target) not in shared:
         return Removable(free=False)
     if str(node.target) in shared:
-        return Barrier("shared", f"{type(module).__name__} {node.target!r} is called more than once or shares its parameters")
+        return Barrier(
+            "shared", f"{type(module).__name__} {node.target!r} is called more than once or shares its parameters"
+        )
     if isinstance(module, CONVOLUTIONS):
-        return _convolution(module)
+        return _convolution(module, node)
     if isinstance(module, _BATCH_NORMS):
         if module.running_mean is None:
             return Barrier("batch-statistics", f"batch norm {node.target!r} keeps no running statistics")
@@ -89,14 +121,21 @@ def meaning(gm: fx.GraphModule, node: fx.Node, shared: frozenset[str]) -> Meanin
     return Barrier("not-linear", f"{type(module).__name__} is no affine shift-equivariant map")
 
 
-def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Meaning:
+def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, node: fx.Node) -> Meaning:
+    if len(shape_of(node)) != len(module.kernel_size) + 2:
+        return Barrier("not-spatial", "it works on a value without a batch axis")
     if module.padding_mode != "zeros":
         return Barrier("padding-mode", f"its padding mode is {module.padding_mode!r}, not zeros")
     return Linear(conv_geometry(module))
 
 
 def conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry:
-    """The geometry of a zero-padded convolution."""
+    """The geometry of a convolution, as if it were padded with zeros whatever its padding mode.
+
+    Example:
+        >>> conv_geometry(nn.Conv2d(3, 8, 4, padding="same")).right
+        (2, 2)
+    """
     dims = len(module.kernel_size)
     if module.padding == "same":
         total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -121,21 +160,23 @@ def _function(node: fx.Node) -> Meaning:
     if sides is not None:
         left, right = sides
         return Linear(Geometry.identity(shape_of(node)[1], len(left)).padded(left, right))
-    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
     return Barrier("not-linear", f"{name} is no affine shift-equivariant map of one value")
 
 
 def pad_sides(node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """How much a zero-padding (or, negative, cropping) operation adds before and after each spatial axis; None for others."""
-    if node.target not in _PADS or not is_tensor(node) or not isinstance(node.args[1], (list, tuple)):
+    """How much a zero padding adds before and after each spatial axis, None for other operations; below 0 it crops."""
+    if node.target not in _PADS or not is_tensor(node) or node.kwargs or len(node.args) < 2:
         return None
-    mode_and_value = [argument for argument in node.args[2:] if argument not in ("constant", 0, 0.0, None)]
+    amounts, options = node.args[1], node.args[2:]
+    if not isinstance(amounts, (list, tuple)) or any(option not in ("constant", 0, 0.0, None) for option in options):
+        return None
     dims = len(shape_of(node)) - 2
-    sides = list(node.args[1])
-    if mode_and_value or node.kwargs or not all(isinstance(side, int) for side in sides) or len(sides) > 2 * dims:
+    sides = [side for side in amounts if isinstance(side, int)]
+    if len(sides) != len(amounts) or len(sides) > 2 * dims:
         return None
     sides += [0] * (2 * dims - len(sides))
-    return tuple(reversed(sides[0::2])), tuple(reversed(sides[1::2]))  # type: ignore[arg-type]
+    return tuple(reversed(sides[0::2])), tuple(reversed(sides[1::2]))
 
 
 def linear_map(gm: fx.GraphModule, node: fx.Node) -> ConvMap:
@@ -152,8 +193,25 @@ def linear_map(gm: fx.GraphModule, node: fx.Node) -> ConvMap:
     return ConvMap.identity(shape_of(node)[1], dims)
 
 
+def shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape that a module makes of ``shape`` (N, C, ...), None where that does not follow from its class.
+
+    Example:
+        >>> shape_after(nn.Conv2d(3, 8, 3, stride=2), (1, 3, 9, 9)), shape_after(nn.MaxPool2d(2), (1, 3, 8, 8))
+        ((1, 8, 4, 4), None)
+    """
+    if isinstance(module, CONVOLUTIONS):
+        geometry = conv_geometry(module)
+        spatial = len(shape) == geometry.dims + 2
+        return (shape[0], geometry.out_channels, *geometry.out_size(shape[2:])) if spatial else None
+    return shape if isinstance(module, _SHAPE_KEEPING) else None
+
+
 def activation_after(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """Class name of the activation that alone reads a value (through batch norms): runtimes fuse it into the convolution."""
+    """Class name of the activation that alone reads a value, through batch norms; None for none.
+
+    Runtimes fuse it into the convolution.
+    """
     while len(node.users) == 1:
         node = next(iter(node.users))
         module = module_of(gm, node)

@@ -1,9 +1,10 @@
 """The region tree: how the values of a canonical graph nest between single entries and single exits.
 
-A region (e, x) is what lies between two values such that e dominates and x post-dominates all of it (the program structure tree
-of compilers; Johnson, Pearson, Pingali, PLDI 1994). Regions in a row form a :class:`Series`; a fork whose branches meet
-again in one add, multiply or concatenation is a :class:`Parallel`; what is more entangled is a :class:`Mesh`, whose inner
-chains are still found. Only tensor values that depend on an image-like input take part: sizes, parameters and side inputs do not.
+A region (e, x) is what lies between two values such that e dominates and x post-dominates all of it (the program
+structure tree of compilers; Johnson, Pearson, Pingali, PLDI 1994). Regions in a row form a :class:`Series`; a fork
+whose branches meet again in one add, multiply or concatenation is a :class:`Parallel`; what is more entangled is a
+:class:`Mesh`, whose inner chains are still found. Only tensor values that depend on an image-like input take part:
+sizes, parameters and side inputs do not.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
+from .errors import UnsupportedError
 from .graph import META, is_tensor, node_id, shape_of
 
 __all__ = ["JOINS", "Mesh", "Op", "Parallel", "Region", "Series", "all_series", "region_tree", "render"]
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
-JOINS = {aten.add.Tensor: "add", aten.mul.Tensor: "mul", aten.cat.default: "concat"}
+JOINS = {_aten.add.Tensor: "add", _aten.mul.Tensor: "mul", _aten.cat.default: "concat"}
 """The operators that may close a Parallel region, with the names they go by."""
 
 
@@ -79,11 +81,11 @@ _SOURCE = -1
 def region_tree(gm: fx.GraphModule) -> Series:
     """The region tree of a canonical graph, from a virtual source over all image-like inputs to a virtual sink.
 
-    Time is linear in the graph's size at each level of nesting, but for the inner chains of a Mesh, which cost up to the
-    square of its size.
+    Time is linear in the graph's size at each level of nesting, but for the inner chains of a Mesh, which cost up to
+    the square of its size.
 
     Raises:
-        ValueError: the graph has no image-like input (three or more axes).
+        UnsupportedError: the graph has no image-like input (three or more axes).
 
     Example:
         >>> import torch, fxmerge
@@ -97,13 +99,13 @@ def region_tree(gm: fx.GraphModule) -> Series:
     """
     values = _Values(gm)
     if not values.nodes:
-        raise ValueError("the graph has no image-like input: a tensor of three or more axes")
+        raise UnsupportedError("the network has no image-like input: a tensor of three or more axes, batch included")
     sink = len(values.nodes)
     return Series(None, values.regions(_SOURCE, list(range(sink + 1))))
 
 
 class _Values:
-    """The value graph in numbers: -1 is the virtual source, 0, 1, ... the values in execution order, the last the virtual sink."""
+    """The value graph in numbers: -1 is the virtual source, 0, 1, ... the values in execution order, then the sink."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.nodes: list[fx.Node] = []

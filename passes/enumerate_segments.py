@@ -2,15 +2,21 @@
 
 A segment is an interval of consecutive children of a Series of the region tree. For each:
 
-1. **merge**: activations inside go, all irreducible convolutions stay and of the others a subset stays. One candidate for every
-   distinct merged geometry, and for it the subset with the largest summed L1 norm (LayerMerge, section 4.3), from a table of
-   reachable geometries: children of a Series combine by ``then``, branches of an add by ``add``, so subsets are never listed.
-2. **bypass**: the shortest intervals whose entry and exit have the same shape become the identity. Longer ones are made of these.
+1. **merge**: activations inside go, all irreducible convolutions stay and of the others a subset stays. One candidate
+   for every distinct merged geometry, and for it the subset with the largest summed L1 norm (LayerMerge, section 4.3),
+   from a table of reachable geometries: children of a Series combine by ``then``, branches of a join by
+   ``add_geometries`` or ``concat_geometries``, so subsets are never listed.
+2. **bypass**: the shortest intervals whose entry and exit have the same shape become the identity. Longer ones are made
+   of these.
 3. **drop**: a branch of an add or of a gate goes, and the join with it when one is left.
 
-It does not act on, and says so with a refusal: modules used more than once, padding modes other than zeros, batch norms without
-running statistics, operations that are no affine shift-equivariant maps, values written in place, joins that are not additions
-or concatenations of channels, and merged kernels over the cap. Annotates nothing and changes nothing: ``modified`` is False.
+Bypasses and drops together never take every convolution of a branch: a join of a value with itself (x + x) is no
+network anyone wants; the branch is dropped instead.
+
+It does not act on, and says so with a refusal: modules used more than once, padding modes other than zeros, batch norms
+without running statistics, operations that are no affine shift-equivariant maps, values written in place, joins that
+are not additions or concatenations of channels, and merged kernels over the cap. Annotates nothing and changes nothing:
+``modified`` is False.
 """
 
 from __future__ import annotations
@@ -19,17 +25,18 @@ __all__ = ["EnumerateSegmentsPass", "EnumerationResult", "enumerate_segments"]
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import TypeGuard, cast
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxmerge.algebra import Geometry, add_geometries, concat_geometries
 from fxmerge.candidates import Candidate, Enumeration, Limits, Refusal, Site
-from fxmerge.graph import META, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
+from fxmerge.graph import META, between, by_id, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
 from fxmerge.linear import IDEMPOTENT, Barrier, Linear, Meaning, Removable, meaning
+from fxmerge.passes._base import GraphPass
 from fxmerge.regions import Mesh, Op, Parallel, Region, Series, all_series, region_tree
-
-from ._base import GraphPass
 
 
 class EnumerationResult(PassResult):
@@ -39,7 +46,7 @@ class EnumerationResult(PassResult):
 
     def __new__(cls, graph_module: fx.GraphModule, enumeration: Enumeration) -> EnumerationResult:
         """Make a result; the graph is never modified."""
-        result: EnumerationResult = super().__new__(cls, graph_module, False)
+        result = cast("EnumerationResult", super().__new__(cls, graph_module, False))
         result.enumeration = enumeration
         return result
 
@@ -85,11 +92,12 @@ class _Way:
 
 
 _Ways = dict[Geometry, _Way]
+_Joined = dict[Geometry | None, _Way]
 
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """Children ``start`` to ``stop`` of a Series that merges take as one: a convolution with its batch norm, or a single child."""
+    """Children ``start`` to ``stop`` of a Series that merges take as one: a convolution with its norm, or one child."""
 
     start: int
     stop: int
@@ -101,10 +109,10 @@ class _Unit:
 def enumerate_segments(gm: fx.GraphModule, limits: Limits | None = None) -> Enumeration:
     """All candidates of a canonical graph. See the module docstring.
 
-    Time grows with (number of children) x (children within ``max_span`` convolutions) x (geometries within ``max_kernel``).
+    Time grows with (number of children) x (children within ``max_span`` convolutions) x (geometries within
+    ``max_kernel``).
     """
-    search = _Search(gm, limits or Limits())
-    return search.run()
+    return _Search(gm, limits or Limits()).run()
 
 
 class _Search:
@@ -113,6 +121,7 @@ class _Search:
         self.limits = limits
         self.shared = shared_targets(gm)
         self.tree = region_tree(gm)
+        self.nodes = by_id(gm)
         self.units: dict[int, tuple[_Unit, ...]] = {}
         self.refusals: dict[tuple[str, str, str], Refusal] = {}
 
@@ -131,13 +140,32 @@ class _Search:
             if self.limits.method != "layer":
                 sites += self._merges(number, one, units)
             if self.limits.method != "depth":
-                sites += self._bypasses(number, one, units, inside_join=id(one) in branches)
+                sites += self._bypasses(number, one, units)
                 if id(one) in branches:
                     sites += self._drop(number, one, *branches[id(one)])
             self._refuse_barriers(units)
+        for one in series:
+            if id(one) in branches or _meets_its_entry(one):
+                sites = self._leave_something(one, series, sites)
         return Enumeration(series, tuple(sites), tuple(self.refusals.values()))
 
-    # --- units -------------------------------------------------------------------------------------------------------------
+    def _leave_something(self, branch: Series, series: Sequence[Series], sites: list[Site]) -> list[Site]:
+        """The sites without the last of those that together would take every convolution of a branch."""
+        convolutions = set(_convolutions(self.gm, branch.children))
+        inside = {id(one) for one in all_series(branch)}
+        takers = [
+            site
+            for site in sites
+            if site.candidate.kind != "merge"
+            and id(series[site.series]) in inside
+            and not (site.candidate.kind == "drop" and series[site.series] is branch)
+        ]
+        spoiling: set[int] = set()
+        while convolutions and convolutions <= {name for site in takers for name in site.candidate.bypassed}:
+            spoiling.add(id(takers.pop()))
+        return [site for site in sites if id(site) not in spoiling]
+
+    # --- units --------------------------------------------------------------------------------------------------------
 
     def _units(self, series: Series) -> tuple[_Unit, ...]:
         known = self.units.get(id(series))
@@ -177,7 +205,7 @@ class _Search:
             return _as_barrier(what)
         weight = self.gm.get_submodule(str(conv.target)).weight
         name = node_id(conv)
-        norm = float(weight.detach().abs().sum())  # type: ignore[operator, union-attr]
+        norm = float(weight.detach().abs().sum())  # type: ignore[operator]
         ways = {what.geometry: _Way(what.geometry, norm, kept=(name,))}
         if self.limits.method != "depth" and self._reducible(conv, what.geometry):
             identity = Geometry.identity(what.geometry.in_channels, what.geometry.dims)
@@ -217,62 +245,69 @@ class _Search:
             return Barrier("not-linear", f"{node_id(join)} does not concatenate channels")
         if parallel.entry is None or not is_tensor(parallel.entry) or len(shape_of(parallel.entry)) < 3:
             return Barrier("not-spatial", f"the branches joined by {node_id(join)} do not start from one spatial value")
-        combined: list[list[tuple[Geometry | None, _Way]]] = [[]]
+        add = parallel.join == "add"
+        if len({shape_of(value)[1 if add else 2 :] for value in join.all_input_nodes}) > 1:
+            return Barrier("not-linear", f"{node_id(join)} broadcasts one of its operands")
+        table: _Joined = {}
         for position, branch in enumerate(parallel.branches):
             options = self._branch(parallel, position, branch)
             if isinstance(options, Barrier):
                 return options
-            combined = [[*chosen, option] for chosen in combined for option in options]
-        return self._joined(parallel, combined)
+            table = self._join(parallel, table, options) if position else options
+        ways = {geometry: way for geometry, way in table.items() if geometry is not None}
+        reason = f"{node_id(join)} joins branches of no common stride, or beyond max_kernel={self.limits.max_kernel}"
+        return ways or Barrier("kernel-cap", reason)
 
-    def _branch(
-        self, parallel: Parallel, position: int, branch: Series | None
-    ) -> list[tuple[Geometry | None, _Way]] | Barrier:
+    def _branch(self, parallel: Parallel, position: int, branch: Series | None) -> _Joined | Barrier:
         """The ways of one branch of a join; a geometry of None stands for dropping it."""
         assert parallel.entry is not None  # noqa: S101 - the caller has checked it
         shape = shape_of(parallel.entry)
         identity = Geometry.identity(shape[1], len(shape) - 2)
         if branch is None:
-            return [(identity, _Way(identity))]
-        units = self._units(branch)
+            return {identity: _Way(identity)}
         ways: _Ways = {identity: _Way(identity)}
-        for unit in units:
+        names = _convolutions(self.gm, branch.children)
+        for unit in self._units(branch):
             if isinstance(unit.ways, Barrier):
-                return Barrier(unit.ways.code, unit.ways.reason)
+                return unit.ways
             ways = self._compose(ways, unit.ways)
             if not ways:
-                return Barrier("kernel-cap", f"no merged kernel within {self.limits.max_kernel} covers the branch to {node_id(parallel.exit)}")
-        names = tuple(name for unit in units for name in unit.convolutions)
-        # A residual branch of which no convolution is left is dropped, never turned into the identity: that would be x + x.
-        options: list[tuple[Geometry | None, _Way]] = [(g, way) for g, way in ways.items() if way.kept or not names]
+                cap, join = self.limits.max_kernel, node_id(parallel.exit)
+                return Barrier("kernel-cap", f"no kernel within max_kernel={cap} covers a branch of {join}")
+        # A branch that has no convolution left is dropped, never turned into the identity: that would be x + x.
+        options: _Joined = {geometry: way for geometry, way in ways.items() if way.kept or not names}
         if names and parallel.join == "add" and self.limits.method != "depth":
-            gone = _Way(identity, bypassed=names, removed=_removable(self.gm, branch, self.shared), cuts=((node_id(parallel.exit), position),))
-            options.append((None, gone))
+            removed = _removable(self.gm, branch, self.shared)
+            cuts = ((node_id(parallel.exit), position),)
+            options[None] = _Way(identity, bypassed=names, removed=removed, cuts=cuts)
         return options
 
-    def _joined(self, parallel: Parallel, combined: list[list[tuple[Geometry | None, _Way]]]) -> _Ways:
-        table: _Ways = {}
+    def _join(self, parallel: Parallel, first: _Joined, second: _Joined) -> _Joined:
         assert parallel.entry is not None  # noqa: S101 - checked when the branches were listed
         size = shape_of(parallel.entry)[2:]
-        for options in combined:
-            geometries = [geometry for geometry, _ in options if geometry is not None]
-            if not geometries or len({(g.stride, g.out_size(size)) for g in geometries}) > 1:
+        add = parallel.join == "add"
+        table: _Joined = {}
+        for (a, one), (b, other) in product(first.items(), second.items()):
+            if a is None or b is None:
+                left = b if a is None else a
+                joined, joins = left, 0
+            elif a.stride != b.stride or a.out_size(size) != b.out_size(size):
                 continue
-            joined = add_geometries(geometries) if parallel.join == "add" else concat_geometries(geometries)
-            merged = _Way(joined, joins=1 if len(geometries) > 1 else 0)
-            for _, way in options:
-                merged = merged.then(way, joined)
-            self._offer(table, merged)
+            else:
+                joined, joins = (add_geometries if add else concat_geometries)([a, b]), 1
+            if joined is None:
+                continue
+            way = one.then(other, joined)
+            self._offer(table, replace(way, joins=way.joins + joins))
         return table
 
     def _compose(self, first: _Ways, second: _Ways) -> _Ways:
         table: _Ways = {}
-        for one in first.values():
-            for other in second.values():
-                self._offer(table, one.then(other, one.geometry.then(other.geometry)))
+        for one, other in product(first.values(), second.values()):
+            self._offer(table, one.then(other, one.geometry.then(other.geometry)))
         return table
 
-    def _offer(self, table: _Ways, way: _Way) -> None:
+    def _offer(self, table: _Ways | _Joined, way: _Way) -> None:
         several = len(way.kept) + way.joins > 1
         if several and max(way.geometry.kernel) > self.limits.max_kernel:
             return
@@ -280,12 +315,12 @@ class _Search:
         if known is None or way.norm > known.norm:
             table[way.geometry] = way
 
-    # --- merges ------------------------------------------------------------------------------------------------------------
+    # --- merges -------------------------------------------------------------------------------------------------------
 
     def _merges(self, number: int, series: Series, units: Sequence[_Unit]) -> Iterator[Site]:
         for first, unit in enumerate(units):
             entry = series.entry if unit.start == 0 else series.children[unit.start - 1].exit
-            if not unit.convolutions or entry is None or not is_tensor(entry) or len(shape_of(entry)) < 3:
+            if not unit.convolutions or not _may_be_entry(entry) or len(shape_of(entry)) < 3:
                 continue
             ways: _Ways = {}
             count = 0
@@ -312,7 +347,7 @@ class _Search:
             )
             yield candidate
             if self.limits.exit_activation and way.removed and not self._activated(exit_):
-                module = self.gm.get_submodule(str(self._node(way.removed[-1]).target))
+                module = self.gm.get_submodule(str(self.nodes[way.removed[-1]].target))
                 yield replace(candidate, activation=type(module).__name__)
 
     def _activated(self, exit_: fx.Node) -> bool:
@@ -322,18 +357,14 @@ class _Search:
             if is_tensor(reader)
         )
 
-    def _node(self, name: str) -> fx.Node:
-        return next(node for node in self.gm.graph.nodes if node_id(node) == name)
-
     def _closed(self, entry: fx.Node, exit_: fx.Node) -> bool:
-        """Whether nothing outside reads a value between entry and exit (sizes are read from inputs, so only a leak would)."""
-        inside = members(entry, exit_)
+        """Whether nothing outside reads a value between entry and exit."""
+        inside = between(entry, exit_)
         return all(reader in inside for node in inside if node is not exit_ for reader in node.users)
 
-    # --- bypass and drop ---------------------------------------------------------------------------------------------------
+    # --- bypass and drop ----------------------------------------------------------------------------------------------
 
-    def _bypasses(self, number: int, series: Series, units: Sequence[_Unit], inside_join: bool) -> Iterator[Site]:
-        found: list[Site] = []
+    def _bypasses(self, number: int, series: Series, units: Sequence[_Unit]) -> Iterator[Site]:
         previous_stop = 0
         for last, unit in enumerate(units):
             exit_ = series.children[unit.stop - 1].exit
@@ -345,20 +376,15 @@ class _Search:
                     break
                 names = tuple(name for each in units[first : last + 1] for name in each.convolutions)
                 entry = series.entry if start == 0 else series.children[start - 1].exit
-                if not names or not units[first].convolutions or entry is None or not is_tensor(entry):
-                    continue
-                if shape_of(entry) != shape_of(exit_) or not self._closed(entry, exit_):
+                if not names or not units[first].convolutions or not _may_be_entry(entry):
                     continue
                 children = series.children[start : unit.stop]
-                if any(node.meta[META].get("opaque") for child in children for node in _nodes(child)):
+                if shape_of(entry) != shape_of(exit_) or not self._closed(entry, exit_) or _written_in_place(children):
                     continue
                 previous_stop = start + 1
                 if not _is_residual(children):  # dropping the other branches says the same
-                    found.append(self._bypass(number, series, units, first, last))
+                    yield self._bypass(number, series, units, first, last)
                 break
-        if inside_join and found and _covers(found, units):
-            found.pop()  # all of them together would turn the branch into the identity: x + x
-        yield from found
 
     def _bypass(self, number: int, series: Series, units: Sequence[_Unit], first: int, last: int) -> Site:
         start, stop = units[first].start, units[last].stop
@@ -388,6 +414,8 @@ class _Search:
         values = [parallel.entry if each is None else each.exit for each in others]
         if any(value is None or shape_of(value) != shape_of(parallel.exit) for value in values):
             return
+        if _written_in_place((parallel,)) or not _may_be_entry(parallel.entry):
+            return
         candidate = Candidate(
             "drop",
             node_id(parallel.entry),
@@ -398,7 +426,7 @@ class _Search:
         )
         yield Site(number, 0, len(branch.children), candidate)
 
-    # --- refusals ----------------------------------------------------------------------------------------------------------
+    # --- refusals -----------------------------------------------------------------------------------------------------
 
     def _refuse_barriers(self, units: Sequence[_Unit]) -> None:
         """Tell the convolutions on both sides of a barrier what is in their way."""
@@ -420,20 +448,17 @@ class _Search:
         self.refusals.setdefault((code, name, unit.name), Refusal(code, name, unit.name, reason))
 
 
-def members(entry: fx.Node, exit_: fx.Node) -> set[fx.Node]:
-    """The operations of the region from ``entry`` (excluded) to ``exit_`` (included), parameters and sizes left out."""
-    pending, seen = [exit_], {exit_}
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source is entry or source in seen or not (is_tensor(source) or source.args) or source.op in ("get_attr", "placeholder"):
-                continue
-            seen.add(source)
-            pending.append(source)
-    return seen
-
-
 def _as_barrier(what: Meaning) -> Barrier:
     return what if isinstance(what, Barrier) else Barrier("not-spatial", "it works on a value without spatial axes")
+
+
+def _may_be_entry(value: fx.Node | None) -> TypeGuard[fx.Node]:
+    """Whether a segment may read a value: a rewritten one reads it later, when it could have been overwritten."""
+    return value is not None and is_tensor(value) and not value.meta[META].get("opaque")
+
+
+def _written_in_place(regions: Sequence[Region]) -> bool:
+    return any(node.meta.get(META, {}).get("opaque") for region in regions for node in _nodes(region))
 
 
 def _until_barrier(units: Sequence[_Unit]) -> tuple[str, ...]:
@@ -451,10 +476,11 @@ def _is_residual(regions: Sequence[Region]) -> bool:
     return len(regions) == 1 and isinstance(regions[0], Parallel) and None in regions[0].branches
 
 
-def _covers(found: Sequence[Site], units: Sequence[_Unit]) -> bool:
-    """Whether bypasses together take every convolution of the units."""
-    gone = {name for site in found for name in site.candidate.bypassed}
-    return all(name in gone for unit in units for name in unit.convolutions)
+def _meets_its_entry(series: Series) -> bool:
+    """Whether some operation reads both the entry and the exit."""
+    if series.entry is None or series.children[-1].exit is None:
+        return False
+    return not series.entry.users.keys().isdisjoint(series.children[-1].exit.users)
 
 
 def _nodes(region: Region | Series) -> Iterator[fx.Node]:

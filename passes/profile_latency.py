@@ -4,17 +4,17 @@
 2. A merge: the merged geometry at the input size of its segment.
 3. Bypasses and drops cost nothing. Batch norms cost nothing: they fold. An activation behind a layer counts with it.
 
-Equal signatures are measured once, and not at all where the store knows them. The table's sum is anchored on the original's
-end-to-end latency (EVIDENCE: one scale from the original network): counted runtimes add what the table leaves out as a constant,
-measured ones are scaled. Changes nothing in the graph: ``modified`` is False.
+Equal signatures are measured once, and not at all where the store knows them. Sums of the table are
+anchored on the original's end-to-end latency: counted runtimes add what the table leaves out as a constant, measured
+ones are scaled. Changes nothing in the graph: ``modified`` is False.
 """
 
 from __future__ import annotations
 
-__all__ = ["LatencyTable", "ProfileLatencyPass", "ProfileResult", "profile_latency"]
+__all__ = ["LatencyTable", "ProfileLatencyPass", "ProfileResult", "layer_signatures", "profile_latency"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
@@ -22,11 +22,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxmerge.candidates import Candidate, Enumeration
 from fxmerge.graph import by_id, convolutions, node_id, shape_of
 from fxmerge.linear import activation_after, conv_geometry
+from fxmerge.passes._base import GraphPass
 from fxmerge.progress import progress
 from fxmerge.runtimes import LayerSignature, Runtime
 from fxmerge.store import LatencyStore, measured
-
-from ._base import GraphPass
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,8 @@ class ProfileResult(PassResult):
 
     def __new__(cls, graph_module: fx.GraphModule, table: LatencyTable) -> ProfileResult:
         """Make a result; the graph is never modified."""
-        result: ProfileResult = super().__new__(cls, graph_module, False)
+        result = super().__new__(cls, graph_module, False)
+        assert isinstance(result, ProfileResult)  # noqa: S101 - what the line above makes
         result.table = table
         return result
 
@@ -135,7 +135,7 @@ def profile_latency(
 def layer_signatures(
     gm: fx.GraphModule, enumeration: Enumeration, batch: int
 ) -> tuple[dict[str, LayerSignature], dict[Candidate, LayerSignature]]:
-    """What to measure for every convolution that stays and for every merge."""
+    """What to measure: for every convolution (by id) that stays, and for every merge."""
     kept = {}
     for node, module in convolutions(gm):
         size = tuple(shape_of(node.all_input_nodes[0])[2:])

@@ -1,17 +1,18 @@
-"""Apply a plan's candidates: remove what each says, and move a merged segment's padding to its entry. The result still trains.
+"""Apply candidates: remove what each says, and move a merged segment's padding to its entry. The result still trains.
 
 This is the lossy rewrite. For each candidate:
 
-1. **merge**: its activations, dropouts and bypassed convolutions (each with its batch norm) go; the remaining convolutions lose
-   their padding, and one zero padding by the segment's L and R stands at the entry. Where branches of different reach join, the
-   shorter ones crop their input by L_join - L_branch, an identity skip too. What is left is exactly one convolution:
-   :mod:`fxmerge.passes.fold` computes it. An activation may be inserted behind.
+1. **merge**: its activations, dropouts and bypassed convolutions (each with its batch norm) go; the remaining
+   convolutions lose their padding, and one zero padding by the segment's L and R stands at the entry. Where branches of
+   different reach join, the shorter ones crop their input by L_join - L_branch, an identity skip too. What is left is
+   exactly one convolution, which :mod:`fxmerge.passes.fold` computes. An activation may be inserted behind it.
 2. **bypass**: readers of the exit read the entry.
-3. **drop**: the join loses one operand; with one left, its readers read that one.
+3. **drop**: a join of two loses one operand; its readers read the other.
 
-Every merged segment is tagged in ``gm.meta["fxmerge"]["segments"]``: entry, exit, members and padding, by node id. The pass
-needs the ids and shapes of a canonical graph, and refuses candidates that name operations the graph does not have. An empty list
-of candidates changes nothing, and a second run finds its operations gone and refuses.
+Every merged segment is tagged in ``gm.meta["fxmerge"]["segments"]``: entry, exit, members and candidate, by node id.
+The pass needs the ids and shapes of a canonical graph, and leaves them. It refuses candidates that name operations the
+graph does not have, that overlap, or that were applied before, so that a second run raises. An empty list of candidates
+changes nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ __all__ = ["RelaxPass", "relax"]
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxmerge.algebra import Geometry, add_geometries, as_torch_pad, concat_geometries, crops
+from fxmerge.algebra import Geometry, add_geometries, concat_geometries, crops
 from fxmerge.candidates import Candidate
 from fxmerge.errors import InternalError, PlanError
-from fxmerge.graph import CONVOLUTIONS, META, by_id, graph_meta, module_of, node_id, record_shapes, shape_of, sweep
-from fxmerge.linear import conv_geometry, meaning, Linear, Removable, pad_sides
+from fxmerge.folding import compose_geometry
+from fxmerge.graph import CONVOLUTIONS, between, by_id, graph_meta, module_of, node_id, record_shapes, shape_of, sweep
+from fxmerge.linear import Linear, Removable, meaning, pad_sides
+from fxmerge.passes._base import GraphPass
 from fxmerge.regions import Op, Parallel, Region, Series, all_series, region_tree
-
-from ._base import GraphPass
+from fxmerge.surgery import insert_activation, insert_pad, join_operands, set_join_operand, unpadded
 
 
 class RelaxPass(GraphPass):
@@ -54,12 +55,14 @@ def relax(gm: fx.GraphModule, candidates: Sequence[Candidate]) -> bool:
     """Rewrite ``gm`` in place as the module docstring says; True if there was anything to do.
 
     Raises:
-        PlanError: a candidate names an operation that the graph does not have, or no region of it.
+        PlanError: a candidate names an operation that the graph does not have, or no region of it, or what another
+            candidate names too.
         InternalError: the relaxed segment is not the one that was enumerated.
     """
     if not candidates:
         return False
     rewrite = _Rewrite(gm)
+    rewrite.refuse_overlaps(candidates)
     for candidate in candidates:
         rewrite.apply(candidate)
     rewrite.finish()
@@ -67,226 +70,190 @@ def relax(gm: fx.GraphModule, candidates: Sequence[Candidate]) -> bool:
 
 
 class _Rewrite:
-    """One run of the pass: node lookups, and what removed values were replaced by."""
+    """One run of the pass: where every operation stands in the region tree, and what replaced the removed ones."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.nodes = by_id(gm)
-        self.moved: dict[fx.Node, fx.Node] = {}
-        self.tagged: list[tuple[Candidate, fx.Node, fx.Node]] = []
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        self.merged: list[tuple[Candidate, fx.Node, fx.Node]] = []
         self.places: dict[fx.Node, tuple[Series, int]] = {}
         for series in all_series(region_tree(gm)):
             for index, child in enumerate(series.children):
                 if child.exit is not None:
                     self.places[child.exit] = (series, index)
 
+    def refuse_overlaps(self, candidates: Sequence[Candidate]) -> None:
+        owner = {
+            self.nodes[name]: "a segment merged before"
+            for segment in graph_meta(self.gm).get("segments", ())
+            for name in segment["members"]
+            if name in self.nodes
+        }
+        for candidate in candidates:
+            joins = [self._node(join) for join, _ in candidate.cuts if candidate.kind == "drop"]
+            for node in (*sorted(between(self._node(candidate.entry), self._node(candidate.exit))), *joins):
+                if node in owner:
+                    raise PlanError(f"{node_id(node)!r} belongs to two candidates: {candidate}; {owner[node]}")
+                owner[node] = str(candidate)
+
     def apply(self, candidate: Candidate) -> None:
-        for join, position in candidate.cuts if candidate.kind == "drop" else ():
-            self._cut(self._node(join), position)
-        if candidate.kind == "bypass":
-            self._replace(self._node(candidate.exit), self._node(candidate.entry))
         if candidate.kind == "merge":
             self._merge(candidate)
+        elif candidate.kind == "bypass":
+            self._bypass(candidate)
+        else:
+            for join, position in candidate.cuts:
+                self._drop(self._node(join), position)
 
     def finish(self) -> None:
         sweep(self.gm)
         record_shapes(self.gm)
-        segments = [self._tag(*each) for each in self.tagged]
+        segments = [self._tag(candidate, self._now(entry), exit_) for candidate, entry, exit_ in self.merged]
         graph_meta(self.gm)["segments"] = [*graph_meta(self.gm).get("segments", ()), *segments]
 
     def _node(self, name: str) -> fx.Node:
         node = self.nodes.get(name)
         if node is None:
-            raise PlanError(f"the plan speaks of {name!r}, which this network does not have. Make a plan for this network.")
+            raise PlanError(
+                f"a candidate speaks of {name!r}, which this network does not have. Make a plan for this network."
+            )
         return node
 
+    def _place(self, node: fx.Node) -> tuple[Series, int]:
+        place = self.places.get(node)
+        if place is None:
+            raise PlanError(f"{node_id(node)!r} ends no region of this network. Make a plan for this network.")
+        return place
+
     def _now(self, node: fx.Node) -> fx.Node:
-        while node in self.moved:
-            node = self.moved[node]
+        while node in self.replaced:
+            node = self.replaced[node]
         return node
 
     def _replace(self, node: fx.Node, by: fx.Node) -> None:
-        by = self._now(by)
-        node.replace_all_uses_with(by)
-        self.moved[node] = by
+        self.replaced[node] = self._now(by)
+        node.replace_all_uses_with(self.replaced[node])
 
-    def _cut(self, join: fx.Node, position: int) -> None:
-        series, index = self.places[join]
+    # --- bypass and drop ---------------------------------------------------------------------------------------------
+
+    def _bypass(self, candidate: Candidate) -> None:
+        entry, exit_ = self._node(candidate.entry), self._node(candidate.exit)
+        if shape_of(entry) != shape_of(exit_):
+            raise PlanError(f"{candidate.exit!r} cannot become {candidate.entry!r}: their shapes differ")
+        self._replace(exit_, entry)
+
+    def _drop(self, join: fx.Node, position: int) -> None:
+        series, index = self._place(join)
         region = series.children[index]
         if not isinstance(region, Parallel) or len(region.branches) != 2:
             raise PlanError(f"{node_id(join)!r} joins no two branches of which one could be dropped")
-        self._replace(join, _operand(join, 1 - position))
+        self._replace(join, join_operands(join)[1 - position])
 
-    # --- merge -------------------------------------------------------------------------------------------------------------
+    # --- merge -------------------------------------------------------------------------------------------------------
 
     def _merge(self, candidate: Candidate) -> None:
         entry, exit_ = self._node(candidate.entry), self._node(candidate.exit)
-        series, last = self.places[exit_]
-        ends = [series.entry, *(child.exit for child in series.children)]
-        if entry not in ends[: last + 1]:
+        series, last = self._place(exit_)
+        ends = [series.entry, *(child.exit for child in series.children[: last + 1])]
+        if entry not in ends[:-1]:
             raise PlanError(f"{candidate.entry!r} and {candidate.exit!r} do not bound a segment of this network")
         children = series.children[ends.index(entry) : last + 1]
-        geometry = self._geometry(children, candidate, shape_of(entry)[1], len(shape_of(entry)) - 2)
-        if geometry != candidate.geometry:
-            raise InternalError(f"{candidate} relaxes to {geometry}. Please report this network.")
         self._strip(children, candidate)
-        source, exit_ = self._now(entry), self._now(exit_)
-        self._pad(source, exit_, geometry.left, geometry.right)
+        exit_ = self._now(exit_)
+        if candidate.geometry is not None:
+            self._pad(self._now(entry), exit_, candidate.geometry.left, candidate.geometry.right)
+        self.merged.append((candidate, entry, exit_))
         if candidate.activation is not None:
             self._activate(exit_, candidate)
-        self.tagged.append((candidate, source, exit_))
-
-    def _geometry(self, children: Sequence[Region], candidate: Candidate, channels: int, dims: int) -> Geometry:
-        total = Geometry.identity(channels, dims)
-        for child in children:
-            if isinstance(child, Parallel):
-                geometries = [self._geometry(part, candidate, total.out_channels, dims) for part in self._staying(child, candidate)]
-                join = add_geometries if child.join == "add" else concat_geometries
-                total = total.then(join(geometries) if len(geometries) > 1 else geometries[0])
-            elif isinstance(child, Op) and node_id(child.exit) not in candidate.bypassed:
-                what = meaning(self.gm, child.exit, frozenset())
-                total = total.then(what.geometry) if isinstance(what, Linear) else total
-        return total
-
-    def _staying(self, parallel: Parallel, candidate: Candidate) -> list[tuple[Region, ...]]:
-        return [
-            () if branch is None else branch.children
-            for position, branch in enumerate(parallel.branches)
-            if (node_id(parallel.exit), position) not in candidate.cuts
-        ]
 
     def _strip(self, children: Sequence[Region], candidate: Candidate) -> None:
-        """Remove what goes, take padding off what stays, and crop shorter branches."""
-        gone = False
+        """Remove what goes, take the padding off what stays, and crop shorter branches."""
+        removed = False
         for child in children:
             if isinstance(child, Parallel):
                 self._strip_parallel(child, candidate)
             elif isinstance(child, Op):
-                gone = self._strip_op(child.exit, candidate, gone)
+                removed = self._strip_op(child.exit, candidate, removed)
 
-    def _strip_op(self, node: fx.Node, candidate: Candidate, gone: bool) -> bool:
-        """Whether what follows directly goes with this: the batch norm and dropout of a removed convolution."""
-        module = module_of(self.gm, node)
-        source = node.args[0]
+    def _strip_op(self, node: fx.Node, candidate: Candidate, with_it: bool) -> bool:
+        """Strip one operation; ``with_it``, and the result for the next, say that it goes with what is in front of it.
+
+        Batch norms and dropouts go with a removed convolution.
+        """
+        module, source = module_of(self.gm, node), node.args[0]
         assert isinstance(source, fx.Node)  # noqa: S101 - every operation of a segment reads a value
         if isinstance(module, CONVOLUTIONS):
             if node_id(node) in candidate.bypassed:
                 self._replace(node, source)
                 return True
-            self.gm.add_submodule(str(node.target), _unpadded(module))
+            self.gm.add_submodule(str(node.target), unpadded(module))
             return False
         what = meaning(self.gm, node, frozenset())
-        free = isinstance(what, Removable) and what.free
-        if isinstance(what, Removable) or pad_sides(node) is not None or gone:
+        if with_it or isinstance(what, Removable) or pad_sides(node) is not None:
             self._replace(node, source)
-        return gone and (free or (isinstance(what, Linear) and node.op == "call_module"))
+        return with_it and module is not None and (not isinstance(what, Removable) or what.free)
 
     def _strip_parallel(self, parallel: Parallel, candidate: Candidate) -> None:
         join, entry = parallel.exit, parallel.entry
         assert entry is not None  # noqa: S101 - the enumeration refuses joins of the network's inputs
-        shape = shape_of(entry)
-        staying = self._staying(parallel, candidate)
-        geometries = [self._geometry(part, candidate, shape[1], len(shape) - 2) for part in staying]
-        cut = [position for position in range(len(parallel.branches)) if (node_id(join), position) in candidate.cuts]
-        sides = iter(crops(geometries))
-        for position, branch in enumerate(parallel.branches):
-            if position in cut:
-                continue
-            left, right = next(sides)
+        staying = _staying(parallel, candidate)
+        geometries = _branch_geometries(self.gm, parallel, candidate, shape_of(entry)[1])
+        for (position, branch), (left, right) in zip(staying, crops(geometries), strict=True):
             self._strip(() if branch is None else branch.children, candidate)
-            if any(left) or any(right):
-                self._crop(parallel, position, [-side for side in left], [-side for side in right])
+            source, operand = self._now(entry), join_operands(join)[position]
+            inverse = [-side for side in left], [-side for side in right]
+            if operand is not source:
+                self._pad(source, operand, *inverse)
+            elif any(left) or any(right):
+                set_join_operand(join, position, insert_pad(self.gm, source, *inverse))
         if len(staying) == 1:
-            self._replace(join, _operand(join, next(k for k in range(len(parallel.branches)) if k not in cut)))
-
-    def _crop(self, parallel: Parallel, position: int, left: Sequence[int], right: Sequence[int]) -> None:
-        assert parallel.entry is not None  # noqa: S101 - checked by the caller
-        source, operand = self._now(parallel.entry), _operand(parallel.exit, position)
-        if operand is source:
-            _set_operand(parallel.exit, position, self._insert_pad(source, left, right))
-        else:
-            self._pad(source, operand, left, right)
+            self._replace(join, join_operands(join)[staying[0][0]])
 
     def _pad(self, source: fx.Node, exit_: fx.Node, left: Sequence[int], right: Sequence[int]) -> None:
-        """Let the region from ``source`` to ``exit_`` read a padded or cropped source."""
-        if not any(left) and not any(right):
-            return
-        inside = between(source, exit_)
-        pad = self._insert_pad(source, left, right)
-        for reader in inside:
-            reader.replace_input_with(source, pad)
-
-    def _insert_pad(self, source: fx.Node, left: Sequence[int], right: Sequence[int]) -> fx.Node:
-        with self.gm.graph.inserting_after(source):
-            pad = self.gm.graph.call_function(F.pad, (source, as_torch_pad(left, right)))
-        stem = f"{node_id(source)}/pad"
-        name = next(name for name in (stem, *(f"{stem}#{k}" for k in range(1, len(self.nodes) + 2))) if name not in self.nodes)
-        self.nodes[name] = pad
-        pad.meta[META] = {"id": name, "shape": list(shape_of(source)), "dtype": source.meta[META]["dtype"]}
-        return pad
+        """Let the operations from ``source`` to ``exit_`` read a padded (or, where negative, cropped) source."""
+        if any(left) or any(right):
+            readers = [node for node in between(source, exit_) if source in node.all_input_nodes]
+            pad = insert_pad(self.gm, source, left, right)
+            for reader in readers:
+                reader.replace_input_with(source, pad)
 
     def _activate(self, exit_: fx.Node, candidate: Candidate) -> None:
-        path = f"{candidate.kept[-1].partition('#')[0]}_activation"
-        removed = self._node(candidate.removed[-1])
-        module = nn.Identity() if candidate.activation is None else module_of(self.gm, removed)
-        assert module is not None  # noqa: S101 - a removed activation is a module
-        self.gm.add_submodule(path, module)
-        with self.gm.graph.inserting_after(exit_):
-            node = self.gm.graph.call_module(path, (exit_,))
-        exit_.replace_all_uses_with(node, delete_user_cb=lambda reader: reader is not node)
-        node.meta[META] = {**exit_.meta[META], "id": path}
+        """Put the segment's last activation behind its exit; whoever reads the segment reads it there."""
+        activation = module_of(self.gm, self._node(candidate.removed[-1]))
+        assert activation is not None  # noqa: S101 - a removed activation is a module
+        convolution = self._node(candidate.kept[-1])
+        self.replaced[exit_] = insert_activation(self.gm, exit_, activation, f"{convolution.target}_activation")
 
     def _tag(self, candidate: Candidate, entry: fx.Node, exit_: fx.Node) -> dict[str, object]:
-        entry = self._now(entry)
-        return {
-            "entry": node_id(entry),
-            "exit": node_id(exit_),
-            "members": sorted(node_id(node) for node in between(entry, exit_)),
-            "candidate": candidate.to_json(),
-        }
+        inside = between(entry, exit_)
+        geometry = compose_geometry(self.gm, entry, exit_, inside, frozenset())
+        if geometry != candidate.geometry:
+            raise InternalError(f"{candidate} was relaxed to {geometry}. Please report this network.")
+        ends = {"entry": node_id(entry), "exit": node_id(exit_)}
+        return {**ends, "members": sorted(map(node_id, inside)), "candidate": candidate.to_json()}
 
 
-def between(entry: fx.Node, exit_: fx.Node) -> set[fx.Node]:
-    """The operations from ``entry`` (excluded) to ``exit_`` (included)."""
-    pending, seen = [exit_], {exit_}
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source is not entry and source not in seen and source.op in ("call_module", "call_function"):
-                seen.add(source)
-                pending.append(source)
-    return seen
+def _branch_geometries(gm: fx.GraphModule, parallel: Parallel, candidate: Candidate, channels: int) -> list[Geometry]:
+    """What the candidate leaves of each branch that stays."""
+    start = Geometry.identity(channels, len(shape_of(parallel.exit)) - 2)
+    branches = [() if branch is None else branch.children for _, branch in _staying(parallel, candidate)]
+    return [_geometry(gm, children, candidate, start) for children in branches]
 
 
-def _operand(join: fx.Node, position: int) -> fx.Node:
-    operands = join.args[0] if isinstance(join.args[0], (list, tuple)) else join.args
-    operand = operands[position]
-    assert isinstance(operand, fx.Node)  # noqa: S101 - a Parallel's operands are values
-    return operand
+def _geometry(gm: fx.GraphModule, children: Sequence[Region], candidate: Candidate, total: Geometry) -> Geometry:
+    for child in children:
+        if isinstance(child, Parallel):
+            branches = _branch_geometries(gm, child, candidate, total.out_channels)
+            join = add_geometries if child.join == "add" else concat_geometries
+            total = total.then(join(branches))
+        elif isinstance(child, Op) and node_id(child.exit) not in candidate.bypassed:
+            what = meaning(gm, child.exit, frozenset())
+            total = total.then(what.geometry) if isinstance(what, Linear) else total
+    return total
 
 
-def _set_operand(join: fx.Node, position: int, value: fx.Node) -> None:
-    if isinstance(join.args[0], (list, tuple)):
-        operands = list(join.args[0])
-        operands[position] = value
-        join.update_arg(0, operands)
-    else:
-        join.update_arg(position, value)
-
-
-def _unpadded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
-    """The same convolution without padding, sharing its Parameters."""
-    geometry = conv_geometry(module)
-    bare = type(module)(
-        geometry.in_channels,
-        geometry.out_channels,
-        geometry.kernel,
-        geometry.stride,
-        0,
-        tuple(module.dilation),
-        geometry.groups,
-        module.bias is not None,
-        device="meta",
-    )
-    bare.weight, bare.bias = module.weight, module.bias
-    bare.training = module.training
-    return bare
+def _staying(parallel: Parallel, candidate: Candidate) -> list[tuple[int, Series | None]]:
+    """The branches that the candidate leaves, with their positions among the join's operands."""
+    join = node_id(parallel.exit)
+    return [each for each in enumerate(parallel.branches) if (join, each[0]) not in candidate.cuts]

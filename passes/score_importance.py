@@ -1,7 +1,7 @@
 """Score every candidate by the loss of the whole network when it alone is applied: the importance table.
 
-What the loss is, the estimator says (:mod:`fxmerge.estimators`). Candidates are independent of each other. Changes nothing:
-``modified`` is False.
+What the loss is, the estimator says (:mod:`fxmerge.estimators`). Candidates are independent of each other. Changes
+nothing: ``modified`` is False.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxmerge.candidates import Candidate, Enumeration
 from fxmerge.errors import UserError
 from fxmerge.estimators import Estimator
+from fxmerge.passes._base import GraphPass
 from fxmerge.progress import progress
-
-from ._base import GraphPass
 
 
 class ScoreResult(PassResult):
@@ -29,7 +28,8 @@ class ScoreResult(PassResult):
 
     def __new__(cls, graph_module: fx.GraphModule, losses: Mapping[Candidate, float]) -> ScoreResult:
         """Make a result; the graph is never modified."""
-        result: ScoreResult = super().__new__(cls, graph_module, False)
+        result = super().__new__(cls, graph_module, False)
+        assert isinstance(result, ScoreResult)  # noqa: S101 - what the line above makes
         result.losses = losses
         return result
 

@@ -1,8 +1,8 @@
 """Choose the candidates: the exact Pareto frontier of latency against loss, for every budget at once.
 
-Turns the enumeration, the latency table and the importance table into the pure numbers of :mod:`fxmerge.solver`: a Series becomes
-a chain whose candidates are spans, a Parallel a fork whose branches may be dropped, a Mesh a fork whose operations all stay.
-Never looks at weights or modules, and changes nothing: ``modified`` is False.
+Turns the enumeration, the latency table and the importance table into the pure numbers of :mod:`fxmerge.solver`: a
+Series becomes a chain whose candidates are spans, a Parallel a fork whose branches may be dropped, a Mesh a fork whose
+operations all stay. Never looks at weights or modules, and changes nothing: ``modified`` is False.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxmerge.candidates import Candidate, Enumeration, Site
+from fxmerge.folding import operations
 from fxmerge.graph import node_id
-from fxmerge.regions import Mesh, Op, Parallel, Region, Series, all_series
+from fxmerge.passes._base import GraphPass
+from fxmerge.passes.profile_latency import LatencyTable
+from fxmerge.regions import Mesh, Op, Parallel, Region, Series
 from fxmerge.solver import Chain, Choice, Fork, Frontier, Leaf, Problem, Span, solve
-
-from ._base import GraphPass
-from .profile_latency import LatencyTable
 
 
 class SelectResult(PassResult):
@@ -30,7 +30,8 @@ class SelectResult(PassResult):
 
     def __new__(cls, graph_module: fx.GraphModule, frontier: Frontier) -> SelectResult:
         """Make a result; the graph is never modified."""
-        result: SelectResult = super().__new__(cls, graph_module, False)
+        result = super().__new__(cls, graph_module, False)
+        assert isinstance(result, SelectResult)  # noqa: S101 - what the line above makes
         result.frontier = frontier
         return result
 
@@ -64,9 +65,7 @@ class SelectSegmentsPass(GraphPass):
         return SelectResult(graph_module, solve(problem, max_points=self.max_points))
 
 
-def selection_problem(
-    enumeration: Enumeration, latencies: LatencyTable, losses: Mapping[Candidate, float]
-) -> Problem:
+def selection_problem(enumeration: Enumeration, latencies: LatencyTable, losses: Mapping[Candidate, float]) -> Problem:
     """The solver's problem; the key of a choice is the index of its site."""
     sites: dict[int, list[tuple[int, Site]]] = {}
     for number, site in enumerate(enumeration.sites):
@@ -97,14 +96,8 @@ def selection_problem(
         return mesh(region)
 
     def mesh(region: Mesh) -> Problem:
-        inside = {
-            node_id(op.exit)
-            for series in region.children
-            for each in all_series(series)
-            for op in each.children
-            if isinstance(op, Op)
-        }
-        loose = sum(latencies.kept.get(node_id(node), 0.0) for node in region.nodes if node_id(node) not in inside)
+        inside = {node for series in region.children for node in operations(series)}
+        loose = sum(latencies.kept.get(node_id(node), 0.0) for node in region.nodes if node not in inside)
         return Fork((Leaf(loose), *(chain(series) for series in region.children)))
 
     return chain(enumeration.series[0])

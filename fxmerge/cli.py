@@ -1,0 +1,600 @@
+"""The command line: ``fxmerge compress | frontier | fold | export | inspect``.
+
+Exit codes: 0, 1 with one line on stderr that says what is wrong, 2 for wrong usage. An exception of the user's own code
+is theirs, with its traceback. What takes time to import is imported where it is used, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import sys
+import textwrap
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import FxmergeError, StoreError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, fx, nn
+
+    from .candidates import Enumeration
+    from .inputs import Example
+    from .plan import Plan
+    from .result import Result
+    from .runtimes import Runtime
+
+__all__ = ["main"]
+
+_COLUMNS = 120
+
+_MODELS = """\
+MODEL is one of
+  package.module:name  a torch.nn.Module, or a function or class that returns one; the current folder is searched too
+  FILE.pt2             a program of torch.export
+  FOLDER               what 'compress --output FOLDER' wrote; it brings its own example input
+"""
+_EXAMPLES = """\
+examples:
+  fxmerge inspect  nets:resnet --input-shape 1x3x224x224
+  fxmerge compress nets:resnet --input-shape 1x3x224x224 --budget 60% --calibration data:images --output small
+  fxmerge frontier nets:resnet --input-shape 1x3x224x224 --runtime macs
+  fxmerge export   small small.onnx
+  fxmerge fold     net.pt2 --input-shape 1x3x224x224 --export folded.onnx
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        0, or 1 after an error of fxmerge's.
+
+    Raises:
+        SystemExit: wrong usage (2), ``--help`` and ``--version`` (0).
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if "run" not in arguments:
+        parser.print_help()
+        return 0
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        arguments.run(arguments)
+    except FxmergeError as error:
+        print(f"fxmerge: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxmerge",
+        description="Make a PyTorch CNN shallower until it meets a latency budget.",
+        epilog=f"{_MODELS}\n{_EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fxmerge {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    def command(
+        name: str, run: Any, text: str, example: str, *options: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"{_MODELS}\nexample:\n  fxmerge {name} {example}\n",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[_model_options(), *options],
+        )
+        added.set_defaults(run=run, parser=added)
+        return added
+
+    compress = command(
+        "compress",
+        _compress,
+        "make a network meet a latency budget; prints the report",
+        "nets:resnet --input-shape 1x3x224x224 --budget 60% --calibration data:images --output small",
+        _search_options(),
+        _measure_options(),
+    )
+    compress.add_argument(
+        "--budget", required=True, help="a share of the original (0.6, 60%%) or an amount (8ms, 1.2GMACs)"
+    )
+    compress.add_argument("--levels", type=int, help="choose by the paper's Algorithm 1 with so many latency levels")
+    compress.add_argument("--output", metavar="FOLDER", help="save the result: it trains, merges and exports later")
+    _add_export(compress, "the merged network")
+
+    frontier = command(
+        "frontier",
+        _frontier,
+        "list all Pareto-optimal plans: latency, share of the original, loss, convolutions",
+        "nets:resnet --input-shape 1x3x224x224 --runtime macs --save plans.json",
+        _search_options(),
+        _measure_options(),
+    )
+    frontier.add_argument(
+        "--budget", action="append", default=[], help="only the plan for this budget; may be repeated"
+    )
+    frontier.add_argument("--save", metavar="FILE", help="write the listed plans as JSON, for fxmerge.Plan.from_json")
+
+    fold = command(
+        "fold",
+        _fold,
+        "fold what is already linear, exactly: nothing is lost",
+        "nets:resnet --input-shape 1x3x224x224 --export folded.onnx",
+    )
+    _add_export(fold, "the folded network")
+
+    export = command(
+        "export", _export, "write a network to .onnx or .pt2 and check what was written", "small small.onnx small.pt2"
+    )
+    export.add_argument("paths", nargs="+", metavar="PATH", help="files to write; a saved result is merged first")
+    export.add_argument("--fixed-batch", action="store_true", help="the file takes the example's batch size only")
+    export.add_argument("--no-check", action="store_true", help="do not run what was written")
+
+    command(
+        "inspect",
+        _inspect,
+        "print the region tree, what could become of every convolution, and why the rest could not",
+        "nets:resnet --input-shape 1x3x224x224",
+        _search_options(),
+    )
+    return parser
+
+
+def _model_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("model", metavar="MODEL", help="the network, see below")
+    options.add_argument("--weights", metavar="FILE", help="safetensors file with the network's state_dict")
+    options.add_argument("--seed", type=int, default=0, help="for random weights and inputs (default 0)")
+    example = options.add_mutually_exclusive_group()
+    example.add_argument(
+        "--input-shape",
+        action="append",
+        type=_shape,
+        metavar="SHAPE",
+        help="example input such as 1x3x224x224, or 1x16:int64 (zeros); repeated for several inputs",
+    )
+    example.add_argument(
+        "--input", metavar="NAME", help="package.module:function that returns the example: a tensor, tuple or dict"
+    )
+    options.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return options
+
+
+def _search_options() -> argparse.ArgumentParser:
+    """Options that are handed on only where they are given, so that the defaults are the library's."""
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options.add_argument("--method", help="layermerge (default), or a baseline of the paper: depth, layer")
+    options.add_argument("--max-kernel", type=int, metavar="K", help="largest kernel to merge into (default 7)")
+    options.add_argument(
+        "--max-span", type=int, metavar="N", help="most convolutions in one merged segment (default 16)"
+    )
+    options.add_argument(
+        "--exit-activation", action="store_true", help="allow an activation behind a merge whose exit has none"
+    )
+    return options
+
+
+def _measure_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--runtime", default="auto", help="onnxruntime (default) or macs, which counts")
+    options.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads of onnxruntime (default: one per core)"
+    )
+    options.add_argument(
+        "--calibration", metavar="NAME", help="package.module:function that returns an iterable of input batches"
+    )
+    options.add_argument(
+        "--inputs", metavar="NAME", help="package.module:function that takes the model's inputs out of a batch"
+    )
+    options.add_argument(
+        "--importance", default="auto", help="distortion (default with calibration) or magnitude (default without)"
+    )
+    return options
+
+
+def _add_export(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--export", action="append", default=[], metavar="PATH", help=f"write {what} to .onnx or .pt2; may be repeated"
+    )
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _shape(text: str) -> tuple[tuple[int, ...], str | None]:
+    match = re.fullmatch(r"(\d+(?:x\d+)*)(?::(\w+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; expected something like 1x3x224x224 or 1x16:int64")
+    return tuple(map(int, match.group(1).split("x"))), match.group(2)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _compress(args: argparse.Namespace) -> None:
+    from .driver import compress
+    from .save import export
+
+    _check_paths(args.export)
+    if args.output is not None:
+        _check_folder(Path(args.output).resolve())
+    runtime = _runtime(args)
+    source, example = _source(args)
+    options = {**_searching(args), **_measuring(args), "runtime": runtime, "levels": args.levels}
+    result = compress(_module(source), example, args.budget, **options)
+    if args.output is not None:
+        result.save(args.output)
+    _show(args, str(result.report), {"plan": _plan_data(result.plan), "report": result.report.to_json()})
+    for path in args.export:
+        export(result, path)
+
+
+def _frontier(args: argparse.Namespace) -> None:
+    from .budget import parse_budget
+    from .driver import frontier
+    from .plan import format_latency
+    from .report import size_of
+    from .runtimes import get_runtime
+
+    if args.save is not None:
+        _check_file(Path(args.save))
+    runtime = get_runtime(_runtime(args))
+    for budget in args.budget:
+        parse_budget(budget, runtime.unit)
+    source, example = _source(args)
+    found = frontier(_module(source), example, runtime=runtime, **_searching(args), **_measuring(args))
+    plans = [found.at(budget) for budget in args.budget] or [found.plan(index) for index in range(len(found))]
+    if args.save is not None:
+        Path(args.save).write_text(
+            json.dumps({"plans": [_plan_data(plan) for plan in plans]}, indent=1), encoding="utf-8"
+        )
+    convolutions = size_of(found._setup.base).convolutions
+    rows = [
+        {
+            "latency": plan.predicted,
+            "share": plan.predicted / found.original,
+            "loss": plan.loss,
+            "convolutions": convolutions - _fewer(plan),
+        }
+        for plan in plans
+    ]
+    lines = [f"original: {format_latency(found.original, found.unit)}, {convolutions} convolutions", ""]
+    lines.append(f"{'latency':>14}  {'share':>7}  {'loss':>10}  {'convolutions':>12}")
+    for row in rows:
+        latency = format_latency(row["latency"], found.unit)
+        lines.append(f"{latency:>14}  {row['share']:>7.1%}  {row['loss']:>10.4g}  {row['convolutions']:>12}")
+    _show(args, "\n".join(lines), {"unit": found.unit, "original": found.original, "plans": rows})
+
+
+def _fold(args: argparse.Namespace) -> None:
+    from .capture import capture
+    from .driver import fold
+    from .graph import graph_meta
+    from .report import size_of
+    from .result import Result
+    from .save import export
+
+    _check_paths(args.export)
+    source, example = _source(args)
+    if isinstance(source, Result):
+        before, folded = source.model, source.merge()
+    else:
+        before, folded = capture(source, example), fold(source, example)
+    sizes = {
+        name: {
+            "operations": _operations(gm),
+            "convolutions": size_of(gm).convolutions,
+            "parameters": size_of(gm).parameters,
+        }
+        for name, gm in (("before", before), ("after", folded))
+    }
+    refusals = graph_meta(folded).get("refusals", [])
+    lines = [f"{name + ':':<14}{count:,} -> {sizes['after'][name]:,}" for name, count in sizes["before"].items()]
+    lines += [line for each in refusals for line in _wrap(f"left {each['first']} [{each['code']}]: {each['reason']}")]
+    _show(args, "\n".join(lines), {**sizes, "refusals": refusals})
+    for path in args.export:
+        export(folded, path, example)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .result import Result
+    from .save import export
+
+    _check_paths(args.paths)
+    source, example = _source(args)
+    network = source if isinstance(source, Result) else source.eval()
+    for path in args.paths:
+        export(network, path, example, dynamic_batch=not args.fixed_batch, check=not args.no_check)
+    _show(args, "\n".join(args.paths), {"exported": args.paths})
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from .candidates import Limits
+    from .capture import capture
+    from .passes.enumerate_segments import enumerate_segments
+    from .regions import render
+
+    limits = Limits(**_searching(args))
+    source, example = _source(args)
+    gm = capture(_module(source), example)
+    enumeration = enumerate_segments(gm, limits)
+    tree = render(enumeration.series[0])
+    rows = _about_convolutions(gm, enumeration)
+    candidates = Counter(site.candidate.kind for site in enumeration.sites)
+    refusals = Counter(refusal.code for refusal in enumeration.refusals)
+    lines = [*_annotated(tree, rows), ""]
+    changeable = sum(1 for row in rows.values() if row["candidates"])
+    lines.append(f"convolutions: {len(rows)}, of which {changeable} could change")
+    lines.append(f"candidates:   {_counts(candidates.items())}")
+    lines.append(f"refusals:     {_counts(refusals.items())}")
+    totals = {"convolutions": len(rows), "candidates": candidates, "refusals": refusals}
+    _show(args, "\n".join(lines), {"tree": tree, "convolutions": list(rows.values()), "totals": totals})
+
+
+def _about_convolutions(gm: fx.GraphModule, enumeration: Enumeration) -> dict[str, dict[str, Any]]:
+    """What could become of every convolution, by name."""
+    from .graph import convolutions, node_id
+    from .linear import conv_geometry
+
+    rows: dict[str, dict[str, Any]] = {}
+    for node, module in convolutions(gm):
+        name, geometry = node_id(node), str(conv_geometry(module))
+        rows[name] = {"name": name, "geometry": geometry, "candidates": Counter(), "merges_with": [], "refusals": []}
+    for site in enumeration.sites:
+        candidate = site.candidate
+        members = [*candidate.kept, *candidate.bypassed]
+        for name in members:
+            rows[name]["candidates"][candidate.kind] += 1
+            if candidate.kind == "merge":
+                others = rows[name]["merges_with"]
+                others += [other for other in members if other != name and other not in others]
+    order = list(rows)
+    for row in rows.values():
+        row["merges_with"].sort(key=order.index)
+    for refusal in enumeration.refusals:
+        row = rows[refusal.convolution]
+        row["refusals"].append({"code": refusal.code, "node": refusal.node, "reason": refusal.reason})
+    return rows
+
+
+def _annotated(tree: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of a rendered tree, each convolution followed by what is known about it."""
+    loose = dict(rows)
+    for line in tree.splitlines():
+        yield line
+        row = loose.pop(line.strip().rpartition(" ")[0], None)
+        if row is not None:
+            yield from _about(row, len(line) - len(line.lstrip()) + 4)
+    for name, row in loose.items():
+        yield f"{name}, in a Mesh"
+        yield from _about(row, 4)
+
+
+def _about(row: Mapping[str, Any], indent: int) -> Iterator[str]:
+    options = _counts(row["candidates"].items()) if row["candidates"] else "no candidate"
+    partners = f", with {', '.join(row['merges_with'])}" if row["merges_with"] else ""
+    yield from _wrap(f"{row['geometry']}: {options}{partners}", indent)
+    for refusal in row["refusals"]:
+        yield from _wrap(f"not at {refusal['node']} [{refusal['code']}]: {refusal['reason']}", indent)
+
+
+# --- what commands share ----------------------------------------------------------------------------------------------
+
+
+def _source(args: argparse.Namespace) -> tuple[nn.Module | Result, Example]:
+    """The network that MODEL names, a Result if it is a folder, and the example input."""
+    import torch
+
+    from .result import Result, load
+
+    folder = Path(args.model).is_dir()
+    if not (folder or args.input or args.input_shape):
+        args.parser.error("an example input is needed: --input-shape or --input")
+    source: nn.Module | Result
+    if folder:
+        source = load(args.model)
+    elif args.model.endswith(".pt2"):
+        source = _read_program(args.model)
+    else:
+        source = _make_model(args.model, args.seed)
+    torch.manual_seed(args.seed)
+    if args.weights is not None:
+        _load_weights(_module(source), args.weights)
+    if args.input is not None:
+        return source, _named(args.input)()
+    if args.input_shape is not None:
+        return source, tuple(_random(shape, dtype, _module(source)) for shape, dtype in args.input_shape)
+    assert isinstance(source, Result)  # noqa: S101 - a module without an example was refused above
+    positional, keywords = source.example
+    return source, keywords or positional
+
+
+def _module(source: nn.Module | Result) -> nn.Module:
+    from .result import Result
+
+    return source.model if isinstance(source, Result) else source
+
+
+def _make_model(spec: str, seed: int) -> nn.Module:
+    import torch
+    from torch import nn
+
+    if ":" not in spec:
+        raise UserError(
+            f"no model {spec!r}: expected package.module:name, a .pt2 file, or a folder that compress --output wrote"
+        )
+    found = _named(spec)
+    torch.manual_seed(seed)  # only now: importing may draw numbers, once
+    model = found if isinstance(found, nn.Module) else found()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{spec} returned a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _read_program(path: str) -> nn.Module:
+    """A ``.pt2`` file as a module; torch's own refuses ``train()`` and ``eval()``, its operators having fixed modes."""
+    import torch
+
+    if not zipfile.is_zipfile(path):  # torch would log its own traceback
+        raise UserError(f"{path} is missing, or is no program that torch.export.save wrote")
+    try:
+        model: nn.Module = torch.export.load(path).module(check_guards=False)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as a program of torch.export: {type(error).__name__}: {error}"
+        ) from error
+    del model.train, model.eval
+    return model
+
+
+def _named(spec: str) -> Any:
+    """What ``package.module:name`` names."""
+    path, _, name = spec.partition(":")
+    if not (path and name):
+        raise UserError(f"{spec!r} names nothing: expected package.module:name")
+    try:
+        found: Any = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(f"{spec}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"{spec}: {path} has no {name!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"{spec} is a {type(found).__name__}; expected something that can be called")
+    return found
+
+
+def _load_weights(model: nn.Module, path: str) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--weights {path}: {error}") from error
+
+
+def _random(shape: tuple[int, ...], dtype: str | None, model: nn.Module) -> Tensor:
+    import torch
+
+    from .graph import dtype_of
+
+    kind = dtype_of(model) if dtype is None else getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise UserError(f"--input-shape: torch has no dtype {dtype!r}; expected one such as float32 or int64")
+    return torch.randn(shape).to(kind) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
+
+
+def _searching(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("method", "max_kernel", "max_span", "exit_activation")
+    return {name: getattr(args, name) for name in names if name in args}
+
+
+def _runtime(args: argparse.Namespace) -> str | Runtime:
+    if args.threads is None:
+        return str(args.runtime)
+    if args.runtime not in ("auto", "onnxruntime"):
+        args.parser.error("--threads goes with --runtime onnxruntime")
+    from .runtimes.onnxruntime import OnnxRuntime
+
+    return OnnxRuntime(args.threads)
+
+
+def _measuring(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "calibration": None if args.calibration is None else _named(args.calibration)(),
+        "inputs": None if args.inputs is None else _named(args.inputs),
+        "importance": args.importance,
+    }
+
+
+def _check_paths(paths: Iterable[str]) -> None:
+    from .exporters import check_path
+
+    for path in paths:
+        check_path(path)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse before the work what :meth:`fxmerge.Result.save` would refuse after it."""
+    from .serialize import load_documents
+
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            load_documents(folder)
+        except StoreError as error:
+            raise StoreError(
+                f"--output {folder} is not empty and was not written by this version of fxmerge"
+            ) from error
+    elif folder.exists() and not folder.is_dir():
+        raise StoreError(f"--output {folder} is a file; expected a folder")
+    _check_writable(folder)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder, or its folder does not exist")
+    _check_writable(path.absolute())
+
+
+def _check_writable(path: Path) -> None:
+    above = next(parent for parent in path.parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise StoreError(f"{path} cannot be written: {above} is no folder, or there is no permission to write there")
+
+
+def _fewer(plan: Plan) -> int:
+    """How many convolutions fewer a plan leaves, before any lossless folding."""
+    return sum(len(each.kept) + len(each.bypassed) - (each.kind == "merge") for each in plan.candidates)
+
+
+def _plan_data(plan: Plan) -> Any:
+    return json.loads(plan.to_json())
+
+
+def _operations(gm: fx.GraphModule) -> int:
+    return sum(1 for node in gm.graph.nodes if node.op in ("call_module", "call_function"))
+
+
+def _counts(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts) or "none"
+
+
+def _wrap(text: str, indent: int = 0) -> list[str]:
+    pad = " " * indent
+    return textwrap.wrap(
+        text, _COLUMNS, initial_indent=pad, subsequent_indent=f"{pad}  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _show(args: argparse.Namespace, text: str, data: Mapping[str, Any]) -> None:
+    try:
+        print(json.dumps(data, indent=1) if args.json else text, flush=True)
+    except (
+        BrokenPipeError
+    ):  # the reader, such as head, has seen enough; what comes after the printing is still to be done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,105 @@
+"""Computing a part of a canonical graph: some values from others that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+from .calibration import Batch
+from .graph import module_of
+
+__all__ = ["evaluate", "recorder"]
+
+
+def evaluate(
+    gm: fx.GraphModule,
+    wanted: fx.Node,
+    known: Mapping[fx.Node, Any],
+    adapt: Callable[[nn.Module], Callable[..., Any]] | None = None,
+) -> Any:
+    """The value of one node from those that are known, computing only what lies between.
+
+    Args:
+        gm: a canonical graph.
+        wanted: a node; for the output node the value is what the graph returns, before it is put into the model's own
+            containers.
+        known: values of nodes that everything ``wanted`` depends on goes through.
+        adapt: what to call in place of a module, default the module itself.
+
+    Raises:
+        KeyError: an input of the graph that ``wanted`` depends on is not known.
+    """
+    values = dict(known)
+    needed = _needed(wanted, values)
+    readers = {node: sum(reader in needed for reader in node.users) for node in needed}
+    for node in gm.graph.nodes:
+        if node not in needed:
+            continue
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "output":
+            values[node] = args[0]
+        elif node.op == "get_attr":
+            values[node] = _attribute(gm, str(node.target))
+        elif node.op == "call_module":
+            module = module_of(gm, node)
+            assert module is not None  # noqa: S101 - the node calls one
+            values[node] = (module if adapt is None else adapt(module))(*args, **kwargs)
+        elif node.op == "call_function":
+            values[node] = node.target(*args, **kwargs)
+        else:
+            raise KeyError(node.name)
+        for source in node.all_input_nodes:
+            if source in readers:
+                readers[source] -= 1
+                if not readers[source]:
+                    del values[source]
+    return values[wanted]
+
+
+def _needed(wanted: fx.Node, known: Mapping[fx.Node, Any]) -> set[fx.Node]:
+    if wanted in known:
+        return set()
+    pending, needed = [wanted], {wanted}
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in known and source not in needed:
+                needed.add(source)
+                pending.append(source)
+    return needed
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(gm.get_submodule(owner), name)
+
+
+def recorder(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node]
+) -> Callable[[Batch], tuple[list[Tensor], dict[fx.Node, Any]]]:
+    """A forward pass that also tells the values of some nodes, on the modules of ``gm`` in the modes they are in.
+
+    Returns:
+        A function of a batch: the floating-point outputs as in :func:`fxmerge.checks.outputs_of`, and the nodes'
+        values.
+    """
+    graph = fx.Graph()
+    twins: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(gm.graph, twins)
+    graph.output((outputs, [twins[node] for node in nodes]))
+    codegen = gm.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        graph.set_codegen(_PyTreeCodeGen(codegen.pytree_info._replace(out_spec=None)))
+    recording = fx.GraphModule(gm, graph)
+
+    def run(batch: Batch) -> tuple[list[Tensor], dict[fx.Node, Any]]:
+        with torch.no_grad():
+            found, values = recording(*batch[0], **batch[1])
+        leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return leaves, dict(zip(nodes, values, strict=True))
+
+    return run

@@ -1,0 +1,307 @@
+"""Which operations are exactly one convolution: composing a segment, and finding those that are linear already."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .algebra import Conv, ConvMap, Geometry, add_geometries, add_maps, as_torch_pad, concat_geometries, concat_maps
+from .candidates import Refusal
+from .errors import InexactError
+from .graph import CONVOLUTIONS, device_of, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
+from .linear import Barrier, Linear, Removable, conv_geometry, linear_map, meaning
+from .regions import JOINS, Mesh, Op, Parallel, Region, Series, all_series, region_tree
+from .surgery import join_operands
+
+__all__ = ["Run", "compose", "compose_geometry", "convolve", "exact_runs", "operations"]
+
+_Map = TypeVar("_Map", ConvMap, Geometry)
+
+_TOLD = ("shared", "padding-mode", "batch-statistics", "in-place")
+"""Reasons that keep a convolution or batch norm from folding and that a user may be able to remove."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """Neighbouring operations that are one convolution.
+
+    Attributes:
+        entry: the value that they read.
+        exit: the value that they give.
+        nodes: the operations, ``exit`` among them.
+        conv_map: what they compute.
+        cost: multiply-accumulates of one image, apart.
+    """
+
+    entry: fx.Node
+    exit: fx.Node
+    nodes: tuple[fx.Node, ...]
+    conv_map: ConvMap
+    cost: int
+
+    @property
+    def folded_cost(self) -> int:
+        """Multiply-accumulates of one image as one convolution."""
+        return self.conv_map.geometry.macs(shape_of(self.entry)[2:])
+
+    @property
+    def saved(self) -> int:
+        """How many operations fewer there are as one convolution, with the padding that it cannot hold itself."""
+        geometry = self.conv_map.geometry
+        held = geometry.left == geometry.right and min(geometry.left) >= 0
+        return len(self.nodes) - (1 if held else 2)
+
+
+def compose(
+    gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, inside: Iterable[fx.Node], shared: frozenset[str]
+) -> ConvMap:
+    """The one map from ``entry`` to ``exit_`` that the operations ``inside`` are, in eval mode.
+
+    ``shared`` are the paths of :func:`fxmerge.graph.shared_targets`.
+
+    Raises:
+        InexactError: they are not one; ``code`` says why, and the message names the operation.
+    """
+    device = device_of(gm)
+    start = ConvMap.identity(shape_of(entry)[1], len(shape_of(entry)) - 2, device=device)
+
+    def map_of(node: fx.Node) -> ConvMap:
+        _geometry_of(gm, node, shared)  # raises where it has none
+        return _map_on(device, gm, node)
+
+    return _walk({entry: start}, exit_, inside, map_of, add_maps, concat_maps)
+
+
+def compose_geometry(
+    gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, inside: Iterable[fx.Node], shared: frozenset[str]
+) -> Geometry:
+    """The geometry of what :func:`compose` gives, without touching a weight.
+
+    Raises:
+        InexactError: an operation is not linear, or a join is no plain sum or stack.
+    """
+    start = Geometry.identity(shape_of(entry)[1], len(shape_of(entry)) - 2)
+    geometry_of = functools.partial(_geometry_of, gm, shared=shared)
+    return _walk({entry: start}, exit_, inside, geometry_of, add_geometries, concat_geometries)
+
+
+def _walk(
+    values: dict[fx.Node, _Map],
+    exit_: fx.Node,
+    inside: Iterable[fx.Node],
+    leaf: Callable[[fx.Node], _Map],
+    add: Callable[[list[_Map]], _Map],
+    stack: Callable[[list[_Map]], _Map],
+) -> _Map:
+    """Carry maps, or geometries, from the one value in ``values`` through the operations ``inside``."""
+    (entry,) = values
+    for node in sorted(inside):
+        if node.target in JOINS:
+            joined = _joined(node, values)
+            values[node] = (stack if JOINS[node.target] == "concat" else add)(joined)
+        else:
+            found = leaf(node)
+            source = node.all_input_nodes[0]
+            values[node] = found if source is entry else values[source].then(found)
+    return values[exit_]
+
+
+def _joined(node: fx.Node, values: Mapping[fx.Node, _Map]) -> list[_Map]:
+    kind = JOINS[node.target]  # type: ignore[index]
+    operands = join_operands(node)
+    found = [values[operand] for operand in operands if operand in values]
+    plain = list(node.args[1:]) == [1] if kind == "concat" else kind == "add" and len(operands) == 2
+    strides = {each.stride if isinstance(each, Geometry) else each.geometry.stride for each in found}
+    if not plain or node.kwargs or len(found) < len(operands) or len(strides) > 1:
+        raise InexactError("not-linear", f"{node_id(node)!r} cannot fold: it is no plain sum or stack of linear maps")
+    return found
+
+
+def _geometry_of(gm: fx.GraphModule, node: fx.Node, shared: frozenset[str]) -> Geometry:
+    what = meaning(gm, node, shared)
+    if isinstance(what, Linear):
+        return what.geometry
+    if isinstance(what, Removable) and what.free:
+        return Geometry.identity(shape_of(node)[1], len(shape_of(node)) - 2)
+    code, reason = (what.code, what.reason) if isinstance(what, Barrier) else ("not-linear", "it is an activation")
+    raise InexactError(code, f"{node_id(node)!r} cannot fold: {reason}")
+
+
+def _map_on(device: torch.device, gm: fx.GraphModule, node: fx.Node) -> ConvMap:
+    """The operation's map, on the network's device even where it has no weights."""
+    found = linear_map(gm, node)
+    tensors = {name: getattr(found, name).to(device) for name in ("weight", "bias", "pad_value")}
+    return replace(found, **tensors)
+
+
+def convolve(conv: Conv, value: Tensor) -> Tensor:
+    """What ``conv(value)`` gives, many times faster for depthwise convolutions in float64.
+
+    torch runs each of their groups by itself there; this adds the taps, each over all channels at once.
+    """
+    geometry = conv_geometry(conv)
+    if (
+        geometry.groups < geometry.in_channels
+        or geometry.groups < geometry.out_channels
+        or conv.padding_mode != "zeros"
+    ):
+        output: Tensor = conv(value)
+        return output
+    ones = (1,) * geometry.dims
+    size = geometry.out_size(value.shape[2:])
+    padded = F.pad(value, as_torch_pad(geometry.left, geometry.right))
+    total = value.new_zeros(()) if conv.bias is None else conv.bias.view(-1, *ones)
+    taps = conv.weight.flatten(1).unbind(dim=1)
+    for tap, weight in zip(itertools.product(*map(range, geometry.kernel)), taps, strict=True):
+        steps = zip(tap, geometry.dilation, geometry.stride, size, strict=True)
+        window: tuple[Any, ...] = (..., *(slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in steps))
+        total = total + padded[window] * weight.view(-1, *ones)
+    return total
+
+
+def exact_runs(gm: fx.GraphModule) -> tuple[list[Run], tuple[Refusal, ...]]:
+    """The disjoint runs that fold exactly where they stand, and why others do not.
+
+    Every interval of a Series is tried. Of those that compose exactly, cost no more multiply-accumulates as one and
+    leave fewer operations, the set is taken that saves most multiply-accumulates, then most operations.
+    """
+    search = _Search(gm)
+    found: list[Run] = []
+    taken: set[int] = set()
+    for series in all_series(region_tree(gm)):
+        if id(series) in taken:
+            continue
+        for start, stop, run in _cheapest(search.runs(series), len(series.children)):
+            found.append(run)
+            taken |= {id(inner) for child in series.children[start:stop] for inner in all_series(child)}
+    together = [set(run.nodes) for run in found]
+    kept = [each for ends, each in search.refusals.items() if not any(nodes.issuperset(ends) for nodes in together)]
+    return found, tuple(kept)
+
+
+class _Search:
+    """The search of one graph, with the refusals met on the way, by the operations that they are about."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.shared = shared_targets(gm)
+        self.refusals: dict[tuple[fx.Node, fx.Node], Refusal] = {}
+
+    def runs(self, series: Series) -> Iterator[tuple[int, int, Run]]:
+        """Every interval (start, stop) of the children that may fold."""
+        entries = [series.entry, *(child.exit for child in series.children)]
+        steps = [self._step(*pair) for pair in zip(entries, series.children, strict=False)]
+        for start, first in enumerate(steps):
+            total = first
+            for stop in range(start + 1, len(steps) + 1):
+                total = first if stop == start + 1 else self._then(total, steps[stop - 1])
+                if total is None:
+                    break
+                if total.cost and total.saved > 0 and self._pays(total):
+                    yield start, stop, total
+
+    def _step(self, entry: fx.Node | None, region: Region) -> Run | None:
+        """One child of a Series as a run, None where it is not one exactly."""
+        if entry is None or isinstance(region, Mesh) or not is_tensor(entry) or len(shape_of(entry)) < 3:
+            return None
+        nodes = tuple(operations(region))
+        if not all(self._linear(node) for node in nodes):
+            return None
+        try:
+            conv_map = compose(self.gm, entry, region.exit, nodes, self.shared)
+        except InexactError as error:
+            if error.code != "not-linear":
+                self._refuse(error.code, nodes, str(error))
+            return None
+        return Run(entry, region.exit, nodes, conv_map, sum(self._cost(node) for node in nodes))
+
+    def _linear(self, node: fx.Node) -> bool:
+        if node.target in JOINS:
+            return True
+        if not is_tensor(node) or len(shape_of(node)) < 3:
+            return False
+        what = meaning(self.gm, node, self.shared)
+        if isinstance(what, Barrier) and what.code in _TOLD:
+            self._refuse(what.code, (node,), f"{node_id(node)!r} cannot fold: {what.reason}")
+        return not isinstance(what, Barrier) and not (isinstance(what, Removable) and not what.free)
+
+    def _cost(self, node: fx.Node) -> int:
+        module = module_of(self.gm, node)
+        return (
+            conv_geometry(module).macs(shape_of(node.all_input_nodes[0])[2:]) if isinstance(module, CONVOLUTIONS) else 0
+        )
+
+    def _then(self, first: Run | None, second: Run | None) -> Run | None:
+        if first is None or second is None:
+            return None
+        nodes = (*first.nodes, *second.nodes)
+        try:
+            conv_map = first.conv_map.then(second.conv_map)
+        except InexactError as error:
+            if first.cost:
+                self._refuse(error.code, nodes, str(error))
+            return None
+        return Run(first.entry, second.exit, nodes, conv_map, first.cost + second.cost)
+
+    def _pays(self, run: Run) -> bool:
+        if run.folded_cost <= run.cost:
+            return True
+        last = max(index for index, node in enumerate(run.nodes) if is_convolution(self.gm, node))
+        reason = (
+            f"one convolution would take {run.folded_cost} multiply-accumulates an image, apart they take {run.cost}"
+        )
+        self._refuse("costs-more", run.nodes[: last + 1], reason)
+        return False
+
+    def _refuse(self, code: str, nodes: Sequence[fx.Node], reason: str) -> None:
+        first = next((node for node in nodes if is_convolution(self.gm, node)), nodes[0])
+        refusal = Refusal(code, node_id(first), node_id(nodes[-1]), reason)
+        self.refusals.setdefault((first, nodes[-1]), refusal)
+
+
+def operations(region: Region | Series) -> Iterator[fx.Node]:
+    """Every operation of a region, those of nested regions among them; a join comes after what it joins."""
+    if isinstance(region, Series):
+        for child in region.children:
+            yield from operations(child)
+        return
+    if isinstance(region, Parallel):
+        for branch in region.branches:
+            if branch is not None:
+                yield from operations(branch)
+    if isinstance(region, Mesh):
+        yield from region.nodes
+    elif isinstance(region, (Op, Parallel)):
+        yield region.exit
+
+
+def _cheapest(runs: Iterable[tuple[int, int, Run]], length: int) -> list[tuple[int, int, Run]]:
+    """The disjoint runs that save most multiply-accumulates, then most operations."""
+    ending: dict[int, list[tuple[int, int, Run]]] = {}
+    for each in runs:
+        ending.setdefault(each[1], []).append(each)
+    best: list[tuple[int, int]] = [(0, 0)]
+    chosen: list[tuple[int, int, Run] | None] = [None]
+    for stop in range(1, length + 1):
+        best.append(best[-1])
+        chosen.append(None)
+        for start, _, run in ending.get(stop, ()):
+            saved, fewer = best[start]
+            value = saved + run.cost - run.folded_cost, fewer + run.saved
+            if value > best[stop]:
+                best[stop], chosen[stop] = value, (start, stop, run)
+    picked: list[tuple[int, int, Run]] = []
+    stop = length
+    while stop:
+        one = chosen[stop]
+        if one is not None:
+            picked.append(one)
+        stop = stop - 1 if one is None else one[0]
+    return picked[::-1]

@@ -1,0 +1,98 @@
+"""Small edits of a canonical graph that keep its ids and shapes true."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .algebra import Conv, as_torch_pad
+from .graph import META, by_id, node_id, shape_of
+from .linear import conv_geometry
+
+__all__ = ["insert_activation", "insert_pad", "join_operands", "set_join_operand", "unpadded"]
+
+
+def insert_pad(gm: fx.GraphModule, source: fx.Node, left: Sequence[int], right: Sequence[int]) -> fx.Node:
+    """A new operation right behind ``source`` that pads it with zeros, or crops it where a number is negative.
+
+    Nothing reads it yet.
+    """
+    with gm.graph.inserting_after(source):
+        pad = gm.graph.call_function(F.pad, (source, as_torch_pad(left, right)))
+    batch, channels, *size = shape_of(source)
+    padded = [n + a + b for n, a, b in zip(size, left, right, strict=True)]
+    name = _unused(f"{node_id(source)}/pad", by_id(gm))
+    pad.meta[META] = {"id": name, "shape": [batch, channels, *padded], "dtype": source.meta[META]["dtype"]}
+    return pad
+
+
+def insert_activation(gm: fx.GraphModule, value: fx.Node, activation: nn.Module, path: str) -> fx.Node:
+    """A new call of ``activation``, under ``path`` or the next free name, that every reader of ``value`` reads instead.
+
+    A PReLU with one slope for each of other channels is made anew, with the mean slope.
+    """
+    channels = shape_of(value)[1]
+    if isinstance(activation, nn.PReLU) and activation.num_parameters not in (1, channels):
+        slopes = activation.weight.detach()
+        fitted = nn.PReLU(channels, device=slopes.device, dtype=slopes.dtype).train(activation.training)
+        fitted.load_state_dict({"weight": slopes.mean().expand(channels)})
+        activation = fitted
+    path = _unused(path, {name for name, _ in gm.named_modules()} | by_id(gm).keys())
+    gm.add_submodule(path, activation)
+    with gm.graph.inserting_after(value):
+        node = gm.graph.call_module(path, (value,))
+    value.replace_all_uses_with(node, delete_user_cb=lambda reader: reader is not node)
+    node.meta[META] = {**value.meta[META], "id": path}
+    return node
+
+
+def _unused(stem: str, taken: Container[str]) -> str:
+    """``stem``, or the first of ``stem_1``, ``stem_2``, ... that is not taken."""
+    numbered = (f"{stem}_{number}" for number in itertools.count(1))
+    return next(name for name in itertools.chain([stem], numbered) if name not in taken)
+
+
+def join_operands(join: fx.Node) -> list[fx.Node]:
+    """The values that an addition, multiplication or concatenation joins, in order; numbers among them are left out."""
+    first = join.args[0]
+    operands = first if isinstance(first, (list, tuple)) else join.args[:2]
+    return [operand for operand in operands if isinstance(operand, fx.Node)]
+
+
+def set_join_operand(join: fx.Node, position: int, value: fx.Node) -> None:
+    """Let a join read ``value`` in one position; unlike ``replace_input_with``, in that one alone."""
+    first = join.args[0]
+    if isinstance(first, (list, tuple)):
+        join.update_arg(0, [*first[:position], value, *first[position + 1 :]])
+    else:
+        join.update_arg(position, value)
+
+
+def unpadded(module: Conv) -> Conv:
+    """The same convolution without padding, sharing its Parameters.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 8, 3, padding=1)
+        >>> unpadded(conv), unpadded(conv).weight is conv.weight
+        (Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1)), True)
+    """
+    geometry = conv_geometry(module)
+    with torch.device("meta"):  # its own weights are replaced at once
+        bare = type(module)(
+            geometry.in_channels,
+            geometry.out_channels,
+            geometry.kernel,  # type: ignore[arg-type]
+            geometry.stride,  # type: ignore[arg-type]
+            dilation=geometry.dilation,  # type: ignore[arg-type]
+            groups=geometry.groups,
+            bias=module.bias is not None,
+        )
+    bare.weight = module.weight
+    if isinstance(module.bias, nn.Parameter):
+        bare.bias = module.bias
+    bare.training = module.training
+    return bare

@@ -1,0 +1,409 @@
+"""Fold: what becomes one convolution computes what it replaces, borders included; what does not says why."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import (
+    SMALL,
+    Add,
+    Cat,
+    captured,
+    conv,
+    folded,
+    full_merge,
+    head,
+    images,
+    lively,
+    output_error,
+    random_plan,
+    relaxed,
+    residual,
+    segment_errors,
+    small,
+)
+from torch import nn
+
+import fxmerge.folding
+import fxmerge.passes.fold
+from fxmerge.algebra import ConvMap
+from fxmerge.checks import check_equal, outputs_of, own_error, relative_error
+from fxmerge.errors import InternalError, UserError
+from fxmerge.folding import convolve
+from fxmerge.graph import between, by_id, clone, convolutions, graph_meta, shape_of
+from fxmerge.linear import conv_geometry
+from fxmerge.passes import FoldPass
+
+TOLERANCE = 1e-10
+
+
+def macs(gm):
+    return sum(conv_geometry(module).macs(shape_of(node.all_input_nodes[0])[2:]) for node, module in convolutions(gm))
+
+
+def fold(model, *shape):
+    x = images(*shape)
+    gm = captured(model, x)
+    result = FoldPass()(clone(gm))
+    merged = result.graph_module
+    assert output_error(gm, merged, x) < TOLERANCE
+    assert macs(merged) <= macs(gm)
+    again = FoldPass()(merged)
+    assert not again.modified
+    assert again.refusals == result.refusals or not result.modified or len(again.refusals) <= len(result.refusals)
+    return result
+
+
+def kinds(gm):
+    return [type(gm.get_submodule(str(node.target))).__name__ for node in gm.graph.nodes if node.op == "call_module"]
+
+
+# --- relaxed plans ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_random_plans_fold_to_what_they_relaxed_to(name):
+    gm, x = small(name)
+    for seed in range(6):
+        result = relaxed(gm, *random_plan(gm, seed))
+        segments = graph_meta(result)["segments"]
+        assert all(error < TOLERANCE for error in segment_errors(result, x))
+        merged = folded(result)
+        assert output_error(result, merged, x) < TOLERANCE
+        assert "segments" not in graph_meta(merged)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in merged.modules())
+        assert len(list(convolutions(merged))) <= len(list(convolutions(result))) - sum(
+            len(segment["candidate"]["kept"]) - 1 for segment in segments
+        )
+
+
+def test_folding_leaves_the_relaxed_network_and_modes_alone():
+    gm, x = small("residual")
+    result = relaxed(gm, *random_plan(gm, 0)).train()
+    state = {name: tensor.clone() for name, tensor in result.state_dict().items()}
+    merged = folded(result)
+    assert not any(module.training for module in merged.modules())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in result.state_dict().items())
+    assert graph_meta(result)["segments"]
+    assert output_error(result, merged, x) < TOLERANCE
+
+
+# --- what is linear already -------------------------------------------------------------------------------------------
+
+
+def test_unpadded_chains_with_batch_norms_become_one():
+    model = lively(nn.Sequential(conv(3, 6, act=False), conv(6, 6, p=0, act=False), conv(6, 4, p=0, act=False), nn.ReLU()))
+    result = fold(model, 2, 3, 9, 8)
+    assert result.modified
+    assert kinds(result.graph_module) == ["Conv2d", "Conv2d", "ReLU"] or kinds(result.graph_module)[-1] == "ReLU"
+    assert not any(kind == "BatchNorm2d" for kind in kinds(result.graph_module))
+
+
+def test_a_chain_that_gets_cheaper_is_one_kernel():
+    model = lively(nn.Sequential(nn.Conv2d(2, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 2, 3), nn.BatchNorm2d(2)))
+    merged = fold(model, 2, 2, 8, 8).graph_module
+    assert [(m.kernel_size, m.in_channels, m.out_channels) for _, m in convolutions(merged)] == [((5, 5), 2, 2)]
+    assert kinds(merged) == ["Conv2d"]
+
+
+def test_a_1x1_without_bias_goes_into_the_padded_convolution_behind_it():
+    model = lively(nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.Conv2d(6, 3, 3, padding=1)))
+    merged = fold(model, 2, 4, 6, 6).graph_module
+    (found,) = (module for _, module in convolutions(merged))
+    expected = torch.einsum("omyx,mi->oiyx", model[1].weight, model[0].weight[..., 0, 0])
+    assert torch.allclose(found.weight, expected, rtol=0, atol=1e-12)
+    assert found.padding == (1, 1)
+
+
+def test_a_1x1_with_a_bias_stays_with_the_reason():
+    result = fold(lively(nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 3, padding=1))), 2, 4, 6, 6)
+    assert not result.modified
+    (refusal,) = result.refusals
+    assert (refusal.code, refusal.convolution, refusal.node) == ("inner-padding", "0", "1")
+    assert "zeros behind a bias" in refusal.reason
+
+
+class RepVGG(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.dense, self.point = conv(channels, channels, act=False), conv(channels, channels, 1, act=False)
+        self.skip = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return torch.relu(self.dense(x) + self.point(x) + self.skip(x))
+
+
+def scaled(norm):
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def test_a_repvgg_block_folds_to_exactly_its_3x3():
+    model = lively(RepVGG(4))
+    merged = fold(model, 2, 4, 7, 7).graph_module
+    assert kinds(merged) == ["Conv2d", "ReLU"]
+    (found,) = (module for _, module in convolutions(merged))
+    (s3, b3), (s1, b1), (s0, b0) = map(scaled, (model.dense[1], model.point[1], model.skip))
+    kernel = model.dense[0].weight * s3.view(-1, 1, 1, 1)
+    kernel = kernel + F.pad(model.point[0].weight * s1.view(-1, 1, 1, 1), [1] * 4)
+    kernel = kernel + F.pad(torch.diag(s0)[..., None, None], [1] * 4)
+    assert torch.allclose(found.weight, kernel, rtol=0, atol=1e-12)
+    assert torch.allclose(found.bias, b3 + b1 + b0, rtol=0, atol=1e-12)
+    assert found.padding == (1, 1)
+
+
+def test_a_repvgg_network_has_one_convolution_a_block():
+    model = lively(nn.Sequential(conv(3, 4, s=2), RepVGG(4), RepVGG(4), conv(4, 6, s=2), RepVGG(6), head(6)))
+    merged = fold(model, 2, 3, 12, 12).graph_module
+    assert kinds(merged)[:10] == ["Conv2d", "ReLU"] * 5
+    assert len(list(convolutions(merged))) == 5
+
+
+def test_linear_stacks_of_channels_and_dropouts_fold():
+    stack = Cat(nn.Conv2d(4, 2, 1), nn.Conv2d(4, 3, 1), nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)))
+    merged = fold(lively(nn.Sequential(stack, nn.Dropout(), nn.ReLU())), 2, 4, 5, 5).graph_module
+    assert kinds(merged) == ["Conv2d", "ReLU"]
+
+
+def test_inner_padding_stays_with_the_reason_and_folds_once_relaxed():
+    model = lively(nn.Sequential(conv(3, 4, act=False), conv(4, 4, act=False)))
+    result = fold(model, 2, 3, 7, 7)
+    assert kinds(result.graph_module) == ["Conv2d", "Conv2d"]
+    assert [(r.code, r.convolution, r.node) for r in result.refusals] == [("inner-padding", "0.0", "1.0")]
+    x = images(2, 3, 7, 7)
+    gm = captured(model, x)
+    loose = relaxed(gm, full_merge(gm))
+    assert kinds(folded(loose)) == ["Conv2d"]
+    assert output_error(gm, loose, x) > 0.01  # relaxing is not exact: the border differs
+    inner = slice(2, -2)
+    pair = (outputs_of(each, ((x,), {}))[0][..., inner, inner] for each in (loose, gm))
+    assert relative_error([next(pair)], [next(pair)]) < TOLERANCE
+
+
+def test_a_linear_residual_block_takes_its_skip_into_the_kernel():
+    model = lively(residual(4, 4)[0])
+    x = images(2, 4, 8, 8)
+    gm = captured(model, x)
+    candidate = full_merge(gm)
+    (found,) = (module for _, module in convolutions(folded(relaxed(gm, candidate))))
+    model.right = lambda value: torch.zeros_like(value)
+    plain = captured(lively(nn.Sequential(*model.left)), x)
+    (without,) = (module for _, module in convolutions(folded(relaxed(plain, full_merge(plain)))))
+    assert found.kernel_size == (5, 5)
+    assert found.padding == (2, 2)
+    assert found.weight.shape == without.weight.shape
+    model.left = nn.Sequential(*copy.deepcopy(model.left))
+    skip = torch.zeros_like(found.weight)
+    skip[range(4), range(4), 2, 2] = 1.0
+    same = captured(copy.deepcopy(model.left), x)
+    (chain,) = (module for _, module in convolutions(folded(relaxed(same, full_merge(same)))))
+    assert torch.allclose(found.weight, chain.weight + skip, rtol=0, atol=1e-12)
+
+
+def test_what_would_cost_more_stays_with_both_counts():
+    model = lively(nn.Sequential(conv(8, 2, 1, act=False), conv(2, 8, 1, act=False)))
+    result = fold(model, 2, 8, 5, 5)
+    assert kinds(result.graph_module) == ["Conv2d", "Conv2d"]
+    (refusal,) = result.refusals
+    assert (refusal.code, refusal.convolution, refusal.node) == ("costs-more", "0.0", "1.0")
+    assert f"{8 * 8 * 25} multiply-accumulates an image, apart they take {2 * 8 * 2 * 25}" in refusal.reason
+
+
+def test_asymmetric_padding_in_front_stays_in_front():
+    model = lively(nn.Sequential(nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    merged = fold(model, 2, 3, 6, 6).graph_module
+    assert kinds(merged) == ["Conv2d"]
+    assert sum(node.target is F.pad for node in merged.graph.nodes) == 1
+    model = lively(nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 4, 3)))
+    merged = fold(model, 2, 3, 6, 6).graph_module
+    assert [node.op for node in merged.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+class Odd(nn.Module):
+    """Shared modules, batch statistics, another padding mode, a sum with a number, x + x."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.shared = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.mirror = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect", bias=False)
+        self.free = nn.BatchNorm2d(4, track_running_stats=False)
+        self.b = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.shared(torch.tanh(self.shared(self.a(x))))
+        x = self.free(self.mirror(x))
+        x = self.b(x)
+        return (x + x) + 1.0
+
+
+def test_what_cannot_fold_stays_and_says_so():
+    result = fold(lively(Odd()), 2, 3, 6, 6)
+    assert {refusal.code for refusal in result.refusals} == {"shared", "padding-mode", "batch-statistics"}
+    assert result.modified  # x + x is a scale of the convolution in front of it
+    assert kinds(result.graph_module) == ["Conv2d", "BatchNorm2d", "Tanh", "BatchNorm2d", "Conv2d", "BatchNorm2d", "Conv2d"]
+
+
+def test_a_convolution_alone_is_left_as_it_is():
+    assert not fold(lively(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())), 2, 3, 6, 6).modified
+
+
+def test_the_convolution_of_the_checks_is_torchs():
+    for module, size in (
+        (nn.Conv2d(6, 6, 3, 2, 1, groups=6), (7, 8)),
+        (nn.Conv2d(6, 6, (3, 1), 1, (2, 0), (2, 1), groups=6, bias=False), (9, 5)),
+        (nn.Conv1d(4, 4, 5, 3, 2, groups=4), (20,)),
+        (nn.Conv3d(2, 2, 3, padding=1, groups=2), (4, 5, 6)),
+        (nn.Conv2d(4, 8, 3, groups=4), (6, 6)),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="circular"), (6, 6)),
+    ):
+        value = images(2, module.in_channels, *size)
+        assert torch.allclose(convolve(module.double(), value), module(value), rtol=0, atol=1e-13)
+
+
+# --- edits and bad weights --------------------------------------------------------------------------------------------
+
+
+def relaxed_chain():
+    gm, x = small("chain")
+    candidate = next(c for c in [full_merge(gm)] if c.kept)
+    return relaxed(gm, candidate), x
+
+
+def test_weights_may_change():
+    result, x = relaxed_chain()
+    with torch.no_grad():
+        for parameter in result.parameters():
+            parameter.mul_(0.7)
+    assert output_error(result, folded(result), x) < TOLERANCE
+
+
+def test_an_operation_that_was_taken_out_is_named():
+    result, _ = relaxed_chain()
+    node = by_id(result)["1.1"]
+    node.replace_all_uses_with(node.args[0])
+    result.graph.erase_node(node)
+    with pytest.raises(UserError, match=r"from 'input' to '3.1' was edited: '1\.1' is gone. Undo the edit"):
+        folded(result)
+
+
+def test_an_operation_that_was_added_is_named():
+    result, _ = relaxed_chain()
+    node = by_id(result)["1.1"]
+    with result.graph.inserting_after(node):
+        added = result.graph.call_function(torch.tanh, (node,))
+    node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+    result.recompile()
+    with pytest.raises(UserError, match="'tanh' was added or taken out"):
+        folded(result)
+
+
+def test_a_value_read_from_outside_is_named():
+    result, _ = relaxed_chain()
+    node, (output,) = by_id(result)["1.1"], result.graph.find_nodes(op="output")
+    output.args = ((output.args[0][0], node),)
+    with pytest.raises(UserError, match=r"'1\.1' is read from outside"):
+        FoldPass()(result)
+
+
+def test_an_activation_put_in_place_of_a_batch_norm_is_named():
+    result, _ = relaxed_chain()
+    result.set_submodule("1.1", nn.ReLU())
+    with pytest.raises(UserError, match=r"'1\.1' cannot fold: it is an activation"):
+        folded(result)
+
+
+def test_weights_that_are_not_finite_are_the_users():
+    result, _ = relaxed_chain()
+    with torch.no_grad():
+        result.get_parameter("1.0.weight")[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="weights or batch-norm statistics that are not finite"):
+        folded(result)
+
+
+def test_outputs_that_hardly_vary_are_no_false_alarm():
+    model = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with torch.no_grad():
+        model[1].weight.fill_(1e-19)
+        model[1].bias.fill_(7.0)
+    x = images(2, 3, 6, 6)
+    assert FoldPass()(captured(model, x)).modified
+    with torch.no_grad():
+        model[1].weight.zero_()
+    assert FoldPass()(captured(model, x)).modified
+
+
+# --- mutations: both checks catch each --------------------------------------------------------------------------------
+
+
+def mirrored(true):
+    return lambda *args: replace(found := true(*args), weight=found.weight.flip(-1))
+
+
+def shifted(true):
+    def wrong(*args):
+        found = true(*args)
+        left, right = found.geometry.left, found.geometry.right
+        sides = {"left": tuple(n + 1 for n in left), "right": tuple(n - 1 for n in right)}
+        return replace(found, geometry=replace(found.geometry, **sides))
+
+    return wrong
+
+
+def without_eps(true):
+    def wrong(gm, node):
+        if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), nn.BatchNorm2d):
+            module = copy.deepcopy(module)
+            module.eps = 0.0
+            return ConvMap.from_batch_norm(module, 2)
+        return true(gm, node)
+
+    return wrong
+
+
+def without_crops(true):
+    def wrong(gm, node):
+        found = true(gm, node)
+        left, right = found.geometry.left, found.geometry.right
+        if min(left) < 0:  # as many positions, but all of them from one side
+            both = tuple(a + b for a, b in zip(left, right, strict=True))
+            return replace(found, geometry=replace(found.geometry, left=(0,) * len(both), right=both))
+        return found
+
+    return wrong
+
+
+MUTATIONS = {
+    "mirrored kernel": (fxmerge.passes.fold, "compose", mirrored),
+    "padding off by one": (fxmerge.passes.fold, "compose", shifted),
+    "no eps": (fxmerge.folding, "linear_map", without_eps),
+    "no crop": (fxmerge.folding, "linear_map", without_crops),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_both_checks_catch_a_wrong_fold(mutation, dtype, monkeypatch):
+    gm, x = small("residual")
+    block = next(c for c in [*fold_candidates(gm)])
+    result, x = relaxed(gm, block).to(dtype), x.to(dtype)
+    rounding = own_error(result, ((x,), {}), outputs_of(result, ((x,), {})))
+    check_equal(result, folded(result), ((x,), {}), rounding)
+    module, name, mutate = MUTATIONS[mutation]
+    monkeypatch.setattr(module, name, mutate(getattr(module, name)))
+    with pytest.raises(InternalError, match="folds to .* with an error of"):
+        folded(result)
+    monkeypatch.setattr(fxmerge.passes.fold, "_check", lambda *_: None)
+    wrong = folded(result)
+    with pytest.raises(InternalError, match="differs from its trainable form"):
+        check_equal(result, wrong, ((x,), {}), rounding)
+
+
+def fold_candidates(gm):
+    """The merge of a whole residual block, its skip included."""
+    from small_networks import candidates
+
+    return [c for c in candidates(gm) if c.exit == "1.0/add" and not c.bypassed and not c.cuts and len(c.kept) == 2]

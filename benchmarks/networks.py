@@ -23,7 +23,7 @@ import fxmerge
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from networks import NETWORKS, calibrate, dependence, image_shape, seed_images
+from zoo import NETWORKS, calibrate, dependence, image_shape, seed_images
 
 RESULTS = Path(__file__).with_name("results") / "networks.json"
 BUDGETS = (0.8, 0.6, 0.45)
@@ -53,7 +53,11 @@ def run(name: str, size: int) -> dict[str, Any]:
     record: dict[str, Any] = {
         "size": size,
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "fxmerge": fxmerge.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "fxmerge": fxmerge.__version__,
+        },
         "dependence": dependence(model, image_shape(name, 2, size)),
         "budgets": [],
     }
@@ -90,7 +94,8 @@ def run(name: str, size: int) -> dict[str, Any]:
 def table(done: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| network | unit | budget | measured | convolutions | merges | error / allowed | capture, analyse, measure, install, check, export s |",
+        "| network | unit | budget | measured | convolutions | merges | error / allowed | "
+        "seconds: capture, analyse, measure, install, check, export |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, record in done.items():
@@ -104,7 +109,9 @@ def table(done: dict[str, Any]) -> str:
             )
     lines += ["", "| network | candidates | refusals |", "|---|---|---|"]
     for name, record in done.items():
-        listed = [", ".join(f"{count} {kind}" for kind, count in record[key].items()) for key in ("candidates", "refusals")]
+        listed = [
+            ", ".join(f"{count} {kind}" for kind, count in record[key].items()) for key in ("candidates", "refusals")
+        ]
         lines.append(f"| {name} | {listed[0]} | {listed[1]} |")
     return "\n".join(lines)
 

@@ -53,7 +53,9 @@ def parse_budget(budget: float | str, unit: str) -> Budget:
     if suffix in ("", "%"):
         share = value / 100 if suffix else value
         if share > 10:
-            raise BudgetError(f"budget={budget!r} is {share:g} times the original; for an amount add its unit: {_EXPECTED}")
+            raise BudgetError(
+                f"budget={budget!r} is {share:g} times the original; for an amount add its unit: {_EXPECTED}"
+            )
         return Budget(share, None, text)
     known = {name.lower(): name for name in _FACTORS}
     name = known.get(suffix.lower())

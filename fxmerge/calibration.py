@@ -129,7 +129,10 @@ def _iterate(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def _as_batch(item: Any, take: Callable[[Any], Any] | None, number: int) -> Batch:
-    inputs = item if take is None else take(item)
+    try:
+        inputs = item if take is None else take(item)
+    except Exception as error:
+        raise UserError(f"inputs= failed on calibration batch {number}: {type(error).__name__}: {error}") from error
     try:
         return split_example(tuple(inputs) if isinstance(inputs, list) else inputs)
     except UserError as error:

@@ -53,6 +53,9 @@ def capture(model: nn.Module, example_input: Example) -> fx.GraphModule:
     """
     from .passes.canonicalise import canonicalise
 
+    if not isinstance(model, nn.Module):
+        hint = f"; did you mean {model.__name__}()?" if isinstance(model, type) and issubclass(model, nn.Module) else ""
+        raise UserError(f"model is {model!r}, not a torch.nn.Module{hint}")
     args, kwargs = split_example(example_input)
     device = _only_device(model)
     _warn_of_training_branches(model)

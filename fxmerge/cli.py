@@ -254,7 +254,6 @@ def _frontier(args: argparse.Namespace) -> None:
     from .budget import parse_budget
     from .driver import frontier
     from .plan import format_latency
-    from .report import size_of
     from .runtimes import get_runtime
 
     if args.save is not None:
@@ -269,7 +268,7 @@ def _frontier(args: argparse.Namespace) -> None:
         Path(args.save).write_text(
             json.dumps({"plans": [_plan_data(plan) for plan in plans]}, indent=1), encoding="utf-8"
         )
-    convolutions = size_of(found._setup.base).convolutions
+    convolutions = found.convolutions
     rows = [
         {
             "latency": plan.predicted,

@@ -20,9 +20,9 @@ from .calibration import Batch, Calibration, read_calibration, second_example
 from .candidates import Candidate, Enumeration, Limits, Site
 from .capture import capture
 from .checks import check_equal, check_inputs, outputs_of, own_error
-from .errors import BudgetError, UnsupportedError, UserError
+from .errors import BudgetError, PlanError, UnsupportedError, UserError
 from .estimators import Estimator, apply_candidates, get_estimator
-from .graph import by_id, clone, convolutions, device_of, graph_meta, refuse_other_structure, structure
+from .graph import clone, convolutions, device_of, graph_meta, refuse_other_structure, structure
 from .inputs import Example, batch_size, map_tensors, split_example, with_batch
 from .plan import Plan, PlanEntry, format_latency
 from .progress import progress
@@ -30,6 +30,7 @@ from .report import Report, decide, size_of
 from .result import Result, merge_graph
 from .runtimes import Runtime, Timing, get_runtime, interleave
 from .solver import Frontier as Points
+from .solver import solve, solve_levels
 from .store import LatencyStore, default_path
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Frontier:
     ) -> None:
         self.enumeration = enumeration
         self._useful = useful
+        self._structure = structure(setup.base)
         self._setup = setup
         self._table = table
         self._losses = losses
@@ -92,6 +94,11 @@ class Frontier:
     def original(self) -> float:
         """End-to-end latency of the original network, in ``unit``."""
         return self._original.latency
+
+    @property
+    def convolutions(self) -> int:
+        """Convolution calls of the original network."""
+        return size_of(self._setup.base).convolutions
 
     @property
     def unit(self) -> str:
@@ -126,12 +133,13 @@ class Frontier:
             BudgetError: it cannot be read, or is below the smallest reachable latency, which the message names.
         """
         amount = parse_budget(budget, self.unit).resolve(self.original)
+        _check_levels(levels)
         if amount >= self.original:
             return self._plan(())
+        index = self._index(amount)
         if levels is None:
-            return self.plan(self._index(amount))
+            return self.plan(index)
         from .passes.select_segments import selection_problem
-        from .solver import solve_levels
 
         problem = selection_problem(replace(self.enumeration, sites=self._useful), self._table, self._losses)
         inner = (amount - self._table.rest) / self._table.scale
@@ -141,28 +149,52 @@ class Frontier:
         """The plan of one point of the frontier."""
         return self._plan(self._points.choices(index))
 
-    def compress(self, budget: float | str) -> Result:
+    def compress(self, budget: float | str, *, levels: int | None = None) -> Result:
         """Install the best plan within a budget; on a runtime that measures, found by building and measuring networks.
+
+        Args:
+            budget: see :meth:`at`.
+            levels: see :meth:`at`; the plan of Algorithm 1 is installed as it is.
 
         Raises:
             BudgetError: see :meth:`at`.
             InternalError: a check failed.
         """
-        return self._fit_budget(parse_budget(budget, self.unit))
+        wanted = parse_budget(budget, self.unit)
+        if levels is not None:
+            return self._apply(self.at(budget, levels=levels), wanted.resolve(self.original))
+        return self._fit_budget(wanted)
 
     def apply(self, plan: Plan) -> Result:
         """Install a plan: relax, compose weights, fold, check, measure.
 
         Raises:
-            PlanError: the plan was made for a network of another structure; the message names the first difference.
+            PlanError: the plan was made for a network of another structure (the message names the first difference), or
+                for another unit with candidates that this frontier has not measured.
             InternalError: a check failed.
         """
+        if not isinstance(plan, Plan):
+            raise UserError(
+                f"apply takes a fxmerge.Plan, not a {type(plan).__name__}; Plan.from_json reads a saved one"
+            )
         refuse_other_structure(plan.structure, self._setup.base)
+        plan = self._repriced(plan)
         return self._apply(plan, plan.predicted)
 
     def _apply(self, plan: Plan, requested: float) -> Result:
         measured, original = self._measure(self._install(plan, None)[0])
         return self._result(plan, measured, original, requested)
+
+    def _repriced(self, plan: Plan) -> Plan:
+        """The plan with this frontier's latencies and losses: those it carries are history."""
+        if all(c in self._losses and (c.geometry is None or c in self._table.merged) for c in plan.candidates):
+            return self._priced(plan.candidates)
+        if plan.unit != self.unit:
+            raise PlanError(
+                f"this plan was made on {plan.runtime} in {plan.unit}, and holds candidates that this frontier in {self.unit} has "
+                "not measured: make the frontier with the plan's max_kernel, max_span and method, or plan anew"
+            )
+        return plan
 
     def _index(self, amount: float) -> int:
         latencies = np.array([latency for latency, _ in self.points])
@@ -179,13 +211,13 @@ class Frontier:
         )
 
     def _plan(self, chosen: Iterable[Any]) -> Plan:
-        sites = [self._useful[number] for number in chosen]
-        entries = tuple(
-            PlanEntry(s.candidate, self._table.scale * self._table.of(s.candidate), self._losses[s.candidate]) for s in sites
-        )
+        return self._priced(self._useful[number].candidate for number in chosen)
+
+    def _priced(self, candidates: Iterable[Candidate]) -> Plan:
+        entries = tuple(PlanEntry(c, self._table.scale * self._table.of(c), self._losses[c]) for c in candidates)
         return Plan(
             entries,
-            structure(self._setup.base),
+            self._structure,
             self._setup.runtime.name,
             self.unit,
             self.original,
@@ -221,7 +253,9 @@ class Frontier:
                 break
         return measured, original
 
-    def _result(self, plan: Plan, measured: Timing, original: Timing, requested: float, notes: tuple[str, ...] = ()) -> Result:
+    def _result(
+        self, plan: Plan, measured: Timing, original: Timing, requested: float, notes: tuple[str, ...] = ()
+    ) -> Result:
         setup, seconds = self._setup, dict(self._seconds)
         with _stage(seconds, "install", "Installing the plan"):
             merged, model = self._install(plan, setup.calibration)
@@ -230,11 +264,14 @@ class Frontier:
             rounding = own_error(setup.base, inputs, outputs_of(setup.base, inputs))
             checked = check_equal(model, merged, inputs, rounding)
         if not checked.checkable:
-            notes = (*notes, f"only {checked.dependence:.1e} of the outputs depends on the input: not checkable end to end")
+            notes = (
+                *notes,
+                f"only {checked.dependence:.1e} of the outputs depends on the input: not checkable end to end",
+            )
         report = Report(
             data=_about_data(setup.calibration, setup.estimator),
             notes=(*setup.notes, *notes),
-            runtime={"runtime": setup.runtime.name, **setup.runtime.environment()},
+            runtime={**setup.runtime.environment(), "name": setup.runtime.name},
             unit=self.unit,
             batch=setup.batch,
             requested=requested,
@@ -244,10 +281,8 @@ class Frontier:
             repeatability=max(measured.repeatability, original.repeatability),
             before=size_of(setup.base),
             after=size_of(merged),
-            candidates={
-                **Counter(site.candidate.kind for site in self.enumeration.sites),
-                "faster than what they replace": len(self._useful),
-            },
+            candidates=dict(Counter(site.candidate.kind for site in self.enumeration.sites)),
+            useful=len(self._useful),
             refusals=dict(Counter(refusal.code for refusal in self.enumeration.refusals)),
             decisions=decide(setup.base, self.enumeration, self._useful, plan),
             error=checked.error,
@@ -356,9 +391,8 @@ def compress(
         True
     """
     chosen = get_runtime(runtime)
-    wanted = parse_budget(budget, chosen.unit)
-    if levels is not None and (not isinstance(levels, int) or levels < 1):
-        raise UserError(f"levels must be a whole number of at least 1 or None, not {levels!r}")
+    parse_budget(budget, chosen.unit)
+    _check_levels(levels)
     found = frontier(
         model,
         example_input,
@@ -370,9 +404,12 @@ def compress(
         method=method,
         **options,
     )
-    if levels is not None:
-        return found.apply(found.at(budget, levels=levels))
-    return found._fit_budget(wanted)
+    return found.compress(budget, levels=levels)
+
+
+def _check_levels(levels: int | None) -> None:
+    if levels is not None and (isinstance(levels, bool) or not isinstance(levels, int) or levels < 1):
+        raise UserError(f"levels must be a whole number of at least 1 or None, not {levels!r}")
 
 
 def frontier(
@@ -424,8 +461,16 @@ def frontier(
     limits = Limits(method, max_span, max_kernel, exit_activation)
     if fit not in _FITS:
         raise UserError(f"unknown fit {fit!r}; the known ones are {', '.join(_FITS)}")
-    if isinstance(importance, str):
-        get_estimator(importance, None if calibration is None else Calibration((), (), 0, False))
+    get_estimator(importance, None if calibration is None else Calibration((), (), 0, False))
+    for name, value in (("max_points", max_points), ("batch", batch)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{name} must be a whole number of at least 1 or None, not {value!r}")
+    if isinstance(measure_seconds, bool) or not isinstance(measure_seconds, (int, float)) or not measure_seconds >= 0:
+        raise UserError(f"measure_seconds must be a number of seconds, not negative, not {measure_seconds!r}")
+    if inputs is not None and not callable(inputs):
+        raise UserError(f"inputs is a {type(inputs).__name__}; expected a function from a batch to the model's inputs")
+    if batch_size(*split_example(example_input)) == 0:
+        raise UserError("the example input has an empty batch (axis 0): pass at least one image")
     kept = None if chosen.deterministic or store is None else _open_store(store)
     try:
         with _stage(seconds, "capture", "Capturing the model"):
@@ -462,8 +507,8 @@ def _set_up(
     if not dynamic:
         notes.append("torch.export keeps the batch size of the example: the result takes no other")
     if batch is not None:
-        if not dynamic or batch < 1:
-            raise UserError(f"batch={batch} cannot be timed: the model's batch size is fixed or the number is below 1")
+        if not dynamic:
+            raise UserError(f"batch={batch} cannot be timed: torch.export keeps the model at the example's batch size")
         example = with_batch(*example, batch)
     read = None if calibration is None else read_calibration(calibration, inputs, base, example, memory)
     if read is not None and read.truncated:
@@ -475,23 +520,26 @@ def _set_up(
 def _solve(
     setup: _Setup, store: LatencyStore | None, seconds: dict[str, float], max_points: int | None, measure_seconds: float
 ) -> Frontier:
-    from .passes import EnumerateSegmentsPass, ProfileLatencyPass, ScoreImportancePass, SelectSegmentsPass
+    from .passes.enumerate_segments import enumerate_segments
+    from .passes.profile_latency import profile_latency
+    from .passes.score_importance import score_importance
+    from .passes.select_segments import selection_problem
 
     runtime, base = setup.runtime, setup.base
     with _stage(seconds, "analyse", "Listing candidates"):
-        enumeration = EnumerateSegmentsPass(setup.limits)(base).enumeration
+        enumeration = enumerate_segments(base, setup.limits)
     with _stage(seconds, "measure", "Measuring layers"):
         timer = runtime.build(merge_graph(base), *setup.example)
         original = interleave([timer], measure_seconds, deterministic=runtime.deterministic)[0]
-        table = ProfileLatencyPass(enumeration, runtime, setup.batch, original.latency, store)(base).table
+        table = profile_latency(base, enumeration, runtime, setup.batch, original.latency, store)
     # What is no faster than leaving the network alone is never chosen: do not spend time on scoring it.
     useful = tuple(site for site in enumeration.sites if table.of(site.candidate) < _replaced(site.candidate, table))
     worth = replace(enumeration, sites=useful)
     with _stage(seconds, "score", "Scoring candidates"):
-        losses = ScoreImportancePass(worth, setup.estimator)(base).losses
+        losses = score_importance(base, worth, setup.estimator)
     with _stage(seconds, "solve", "Solving"):
-        points = SelectSegmentsPass(worth, table, losses, max_points)(base).frontier
-    return Frontier(setup, enumeration, useful, table, dict(losses), points, original, timer, seconds, measure_seconds)
+        points = solve(selection_problem(worth, table, losses), max_points=max_points)
+    return Frontier(setup, enumeration, useful, table, losses, points, original, timer, seconds, measure_seconds)
 
 
 def _replaced(candidate: Candidate, table: LatencyTable) -> float:
@@ -521,11 +569,12 @@ def fold(model: nn.Module, example_input: Example) -> fx.GraphModule:
         >>> [type(m).__name__ for m in fxmerge.fold(net, torch.randn(2, 3, 8, 8)).children()]
         ['Conv2d']
     """
-    from .passes.fold import FoldPass
+    from .passes.fold import FoldPass, FoldResult
 
     base = clone(capture(model, example_input)).eval()
     example = map_tensors(lambda t: t.detach().to(device_of(base)), *split_example(example_input))
     outcome = FoldPass()(clone(base))
+    assert isinstance(outcome, FoldResult)  # noqa: S101 - tells the type checker what the pass returns
     inputs = check_inputs(second_example(example) if graph_meta(base)["dynamic_batch"] else example)
     check_equal(base, outcome.graph_module, inputs, own_error(base, inputs, outputs_of(base, inputs)))
     listed = [{"code": r.code, "first": r.convolution, "last": r.node, "reason": r.reason} for r in outcome.refusals]
@@ -540,7 +589,10 @@ def _open_store(store: str | os.PathLike[str]) -> LatencyStore:
 
 def _about_data(calibration: Calibration | None, estimator: Estimator) -> str:
     if calibration is None:
-        return f"No calibration data: importance is {estimator.name}, weights are composed, batch-norm statistics are the original's."
+        return (
+            f"No calibration data: importance is {estimator.name}, weights are composed, batch-norm statistics are the "
+            "original's."
+        )
     return f"Calibrated on {calibration.images} images: importance is {estimator.name}, batch-norm statistics re-estimated."
 
 

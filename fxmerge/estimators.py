@@ -59,8 +59,8 @@ class Magnitude:
     convolution the mean over output channels of w^2 / |W|^2, w being the tap that the identity has. Along a chain
     squared correlations multiply, so losses add as -log r^2: 0.31 for a ReLU, several nats for a convolution; r^2 is
     taken to be at least 1e-6. A convolution that goes takes one activation along at no further loss, the cheapest: the
-    identity in its place would leave two activations in a row, or one where none was. The measure is fxmerge's own; LayerMerge uses weight norms only to choose which
-    convolutions of a segment stay (section 4.3), as fxmerge does too.
+    identity in its place would leave two activations in a row, or one where none was. The measure is fxmerge's own;
+    LayerMerge uses weight norms only to choose which convolutions of a segment stay (section 4.3), as fxmerge does too.
     """
 
     name = "magnitude"
@@ -248,7 +248,7 @@ def get_estimator(spec: str | Estimator, calibration: Calibration | None) -> Est
     Raises:
         UserError: an unknown name, or ``distortion`` without calibration data.
     """
-    if not isinstance(spec, str):
+    if isinstance(spec, Estimator):
         return spec
     if spec == "magnitude" or (spec == "auto" and calibration is None):
         return Magnitude()

@@ -58,9 +58,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; :meth:`from_json` reads it back."""
-        entries = [
-            {"candidate": e.candidate.to_json(), "latency": e.latency, "loss": e.loss} for e in self.entries
-        ]
+        entries = [{"candidate": e.candidate.to_json(), "latency": e.latency, "loss": e.loss} for e in self.entries]
         fields = {
             "format": _FORMAT,
             "runtime": self.runtime,
@@ -83,9 +81,12 @@ class Plan:
         try:
             data = json.loads(text) if isinstance(text, str) else text
             if data["format"] != _FORMAT:
-                raise PlanError(f"this plan has the format {data['format']!r}; this version of fxmerge reads {_FORMAT!r}")
+                raise PlanError(
+                    f"this plan has the format {data['format']!r}; this version of fxmerge reads {_FORMAT!r}"
+                )
             entries = tuple(
-                PlanEntry(Candidate.from_json(e["candidate"]), float(e["latency"]), float(e["loss"])) for e in data["entries"]
+                PlanEntry(Candidate.from_json(e["candidate"]), float(e["latency"]), float(e["loss"]))
+                for e in data["entries"]
             )
             numbers = (float(data[name]) for name in ("original", "predicted", "loss"))
             return Plan(entries, tuple(data["structure"]), data["runtime"], data["unit"], *numbers)

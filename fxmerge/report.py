@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -55,6 +56,7 @@ class Report:
     before: Size
     after: Size
     candidates: Mapping[str, int]
+    useful: int
     refusals: Mapping[str, int]
     decisions: tuple[Decision, ...]
     error: float
@@ -66,7 +68,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` reads it back."""
-        return asdict(self)
+        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Report:
@@ -76,7 +78,7 @@ class Report:
             StoreError: it is no report of this version.
         """
         try:
-            fields = dict(data)
+            fields: dict[str, Any] = {name: math.inf if value is None else value for name, value in data.items()}
             fields["notes"] = tuple(fields["notes"])
             fields["before"], fields["after"] = Size(**fields["before"]), Size(**fields["after"])
             fields["decisions"] = tuple(Decision(**each) for each in fields["decisions"])
@@ -88,18 +90,23 @@ class Report:
         def show(value: float) -> str:
             return f"{format_latency(value, self.unit)} ({value / self.original:.1%})"
 
-        measured = f"{show(self.measured)}, repeatability {self.repeatability:.1%}" if self.unit == "ms" else show(self.measured)
+        measured = (
+            f"{show(self.measured)}, repeatability {self.repeatability:.1%}"
+            if self.unit == "ms"
+            else show(self.measured)
+        )
+        environment = [value for name, value in self.runtime.items() if name != "name"]
         lines = [
             self.data,
             *(f"note: {note}" for note in self.notes),
-            f"runtime:      {', '.join(f'{k} {v}' for k, v in self.runtime.items())}, batch {self.batch}",
+            f"runtime:      {', '.join((self.runtime['name'], f'batch {self.batch}', *environment))}",
             f"original:     {format_latency(self.original, self.unit)}",
             f"requested:    {show(self.requested)}",
             f"predicted:    {show(self.predicted)}",
             f"measured:     {measured}",
             f"convolutions: {self.before.convolutions} -> {self.after.convolutions}",
             f"parameters:   {self.before.parameters:,} -> {self.after.parameters:,}",
-            f"candidates:   {_counts(self.candidates)}",
+            f"candidates:   {_counts(self.candidates)}; {self.useful} of them faster than what they replace",
             f"refusals:     {_counts(self.refusals)}",
             f"merged against trainable form: error {self.error:.1e}, allowed {self.error_allowed:.1e}",
             f"seconds:      {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in self.seconds.items())}",
@@ -124,9 +131,7 @@ def size_of(gm: fx.GraphModule) -> Size:
     return Size(sum(1 for _ in convolutions(gm)), sum(p.numel() for p in nn.Module.parameters(gm)))
 
 
-def decide(
-    gm: fx.GraphModule, enumeration: Enumeration, useful: Sequence[Site], plan: Plan
-) -> tuple[Decision, ...]:
+def decide(gm: fx.GraphModule, enumeration: Enumeration, useful: Sequence[Site], plan: Plan) -> tuple[Decision, ...]:
     """What became of every convolution of the original, and why; ``useful`` are the sites that were up for choice."""
     fates: dict[str, Decision] = {}
     for candidate in plan.candidates:
@@ -153,7 +158,9 @@ def _fates(candidate: Candidate) -> list[tuple[str, str, str]]:
     if candidate.kind == "merge":
         where = f"into {candidate.geometry}"
         merged = [(name, "merged", f"{where} with {_others(candidate.kept, name)}") for name in candidate.kept]
-        return merged + [(name, "removed", f"replaced by the identity in the merge {where}") for name in candidate.bypassed]
+        return merged + [
+            (name, "removed", f"replaced by the identity in the merge {where}") for name in candidate.bypassed
+        ]
     if candidate.kind == "drop":
         return [(name, "dropped", f"its branch to {candidate.exit} is gone") for name in candidate.bypassed]
     return [(name, "removed", "replaced by the identity") for name in candidate.bypassed]

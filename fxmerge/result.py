@@ -76,7 +76,8 @@ def merge_graph(model: fx.GraphModule) -> fx.GraphModule:
     """A folded copy in eval mode; the tags of relaxed segments become convolutions, and what is exact to fold is folded."""
     from .passes.fold import FoldPass
 
-    return FoldPass()(clone(model).eval()).graph_module
+    merged: fx.GraphModule = FoldPass()(clone(model).eval()).graph_module
+    return merged
 
 
 def load(folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Result:
@@ -97,7 +98,10 @@ def load(folder: str | os.PathLike[str], *, device: torch.device | str | None = 
         raise StoreError(f"{folder}: no saved result of fxmerge's: {missing[0]}.json is missing")
     model = load_graph(Path(folder), device=device)
     where = device_of(model)
-    example = (tuple(_rebuild(documents["example"]["args"], where)), dict(_rebuild(documents["example"]["kwargs"], where)))
+    example = (
+        tuple(_rebuild(documents["example"]["args"], where)),
+        dict(_rebuild(documents["example"]["kwargs"], where)),
+    )
     return Result(model, Plan.from_json(documents["plan"]["plan"]), Report.from_json(documents["report"]), example)
 
 

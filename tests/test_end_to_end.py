@@ -1,6 +1,6 @@
 """Published networks through the whole pipeline at 64x64, counted in multiply-accumulates, and two of them measured.
 
-Calibrated random weights, so that outputs depend on inputs (``networks.calibrate``); importance is ``magnitude``.
+Calibrated random weights, so that outputs depend on inputs (``zoo.calibrate``); importance is ``magnitude``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import NETWORKS, calibrate, dependence, image_shape, seed_images
+from zoo import NETWORKS, calibrate, dependence, image_shape, seed_images
 from torch import nn
 
 import fxmerge
@@ -116,7 +116,7 @@ def test_onnx_gives_the_same_outputs_at_two_batch_sizes(network, budget, tmp_pat
 
 LOAD = """
 import sys, torch, fxmerge
-assert not any(name.startswith(("pytorchcv", "networks")) for name in sys.modules)
+assert not any(name.startswith(("pytorchcv", "zoo")) for name in sys.modules)
 for folder in sys.argv[1:]:
     result = fxmerge.load(folder)
     saved = torch.load(f"{folder}/expected.pt", weights_only=True)
@@ -209,7 +209,9 @@ def _crops(gm):
     return [
         node
         for node in members
-        if node.target is nn.functional.pad and min(node.args[1]) < 0 and any(u.op == "call_function" for u in node.users)
+        if node.target is nn.functional.pad
+        and min(node.args[1]) < 0
+        and any(u.op == "call_function" for u in node.users)
     ]
 
 

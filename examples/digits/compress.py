@@ -47,7 +47,7 @@ def main() -> None:
         example,
         options.budget,
         runtime="onnxruntime",
-        calibration=images[: options.images].split(32),
+        calibration=images[: options.images].chunk(options.images // 32),
     )
     print(result.report)
 
@@ -90,7 +90,8 @@ def finetune(model: nn.Module, epochs: int) -> None:
     for _ in range(epochs):
         for images, labels in loader:
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            loss: Tensor = F.cross_entropy(model(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     model.eval()
@@ -104,7 +105,7 @@ def onnx_accuracy(path: Path) -> float:
     images, labels = load("test")
     name = session.get_inputs()[0].name
     parts: list[Tensor] = []
-    for part in images.split(100):
+    for part in images.chunk(20):
         (logits,) = session.run(None, {name: np.ascontiguousarray(part.numpy())})
         parts.append(torch.from_numpy(logits).argmax(1))
     return float((torch.cat(parts) == labels).float().mean())

@@ -131,11 +131,11 @@ def folded(gm):
     return FoldPass()(clone(gm).eval()).graph_module
 
 
-def random_plan(gm, seed):
+def random_plan(gm, seed, **limits):
     """Disjoint candidates, as many as a random order lets in."""
     nodes = by_id(gm)
-    sites = list(enumerate_segments(gm).sites)
-    random.Random(seed).shuffle(sites)
+    sites = list(enumerate_segments(gm, Limits(**limits)).sites)
+    random.Random(seed).shuffle(sites)  # noqa: S311 - a seeded order
     chosen, used = [], set()
     for candidate in (site.candidate for site in sites):
         inside = between(nodes[candidate.entry], nodes[candidate.exit])
@@ -147,7 +147,7 @@ def random_plan(gm, seed):
 
 
 def segment_errors(gm, x):
-    """Per merged segment of a relaxed network: the error of its one convolution against its operations, with borders."""
+    """Per merged segment of a relaxed network: the error of its one convolution against what it replaces."""
     nodes, shared = by_id(gm), shared_targets(gm)
     errors = []
     for segment in graph_meta(gm)["segments"]:

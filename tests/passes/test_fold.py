@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from small_networks import (
     SMALL,
-    Add,
     Cat,
+    candidates,
     captured,
     conv,
     folded,
@@ -34,7 +34,7 @@ from fxmerge.algebra import ConvMap
 from fxmerge.checks import check_equal, outputs_of, own_error, relative_error
 from fxmerge.errors import InternalError, UserError
 from fxmerge.folding import convolve
-from fxmerge.graph import between, by_id, clone, convolutions, graph_meta, shape_of
+from fxmerge.graph import by_id, clone, convolutions, graph_meta, shape_of
 from fxmerge.linear import conv_geometry
 from fxmerge.passes import FoldPass
 
@@ -54,12 +54,17 @@ def fold(model, *shape):
     assert macs(merged) <= macs(gm)
     again = FoldPass()(merged)
     assert not again.modified
-    assert again.refusals == result.refusals or not result.modified or len(again.refusals) <= len(result.refusals)
+    assert len(again.refusals) <= len(result.refusals)
     return result
 
 
 def kinds(gm):
     return [type(gm.get_submodule(str(node.target))).__name__ for node in gm.graph.nodes if node.op == "call_module"]
+
+
+def only_convolution(gm):
+    ((_, module),) = convolutions(gm)
+    return module
 
 
 # --- relaxed plans ----------------------------------------------------------------------------------------------------
@@ -69,7 +74,7 @@ def kinds(gm):
 def test_random_plans_fold_to_what_they_relaxed_to(name):
     gm, x = small(name)
     for seed in range(6):
-        result = relaxed(gm, *random_plan(gm, seed))
+        result = relaxed(gm, *random_plan(gm, seed, exit_activation=seed % 2 == 1))
         segments = graph_meta(result)["segments"]
         assert all(error < TOLERANCE for error in segment_errors(result, x))
         merged = folded(result)
@@ -95,12 +100,11 @@ def test_folding_leaves_the_relaxed_network_and_modes_alone():
 # --- what is linear already -------------------------------------------------------------------------------------------
 
 
-def test_unpadded_chains_with_batch_norms_become_one():
-    model = lively(nn.Sequential(conv(3, 6, act=False), conv(6, 6, p=0, act=False), conv(6, 4, p=0, act=False), nn.ReLU()))
-    result = fold(model, 2, 3, 9, 8)
-    assert result.modified
-    assert kinds(result.graph_module) == ["Conv2d", "Conv2d", "ReLU"] or kinds(result.graph_module)[-1] == "ReLU"
-    assert not any(kind == "BatchNorm2d" for kind in kinds(result.graph_module))
+def test_unpadded_convolutions_behind_a_padded_one_become_one():
+    model = lively(nn.Sequential(conv(3, 6, act=False), conv(6, 6, p=0, act=False), conv(6, 4, p=0), nn.Tanh()))
+    merged = fold(model, 2, 3, 9, 8).graph_module
+    assert kinds(merged) == ["Conv2d", "ReLU", "Tanh"]
+    assert (only_convolution(merged).kernel_size, only_convolution(merged).padding) == ((7, 7), (1, 1))
 
 
 def test_a_chain_that_gets_cheaper_is_one_kernel():
@@ -113,7 +117,7 @@ def test_a_chain_that_gets_cheaper_is_one_kernel():
 def test_a_1x1_without_bias_goes_into_the_padded_convolution_behind_it():
     model = lively(nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), nn.Conv2d(6, 3, 3, padding=1)))
     merged = fold(model, 2, 4, 6, 6).graph_module
-    (found,) = (module for _, module in convolutions(merged))
+    found = only_convolution(merged)
     expected = torch.einsum("omyx,mi->oiyx", model[1].weight, model[0].weight[..., 0, 0])
     assert torch.allclose(found.weight, expected, rtol=0, atol=1e-12)
     assert found.padding == (1, 1)
@@ -146,7 +150,7 @@ def test_a_repvgg_block_folds_to_exactly_its_3x3():
     model = lively(RepVGG(4))
     merged = fold(model, 2, 4, 7, 7).graph_module
     assert kinds(merged) == ["Conv2d", "ReLU"]
-    (found,) = (module for _, module in convolutions(merged))
+    found = only_convolution(merged)
     (s3, b3), (s1, b1), (s0, b0) = map(scaled, (model.dense[1], model.point[1], model.skip))
     kernel = model.dense[0].weight * s3.view(-1, 1, 1, 1)
     kernel = kernel + F.pad(model.point[0].weight * s1.view(-1, 1, 1, 1), [1] * 4)
@@ -187,21 +191,13 @@ def test_inner_padding_stays_with_the_reason_and_folds_once_relaxed():
 def test_a_linear_residual_block_takes_its_skip_into_the_kernel():
     model = lively(residual(4, 4)[0])
     x = images(2, 4, 8, 8)
-    gm = captured(model, x)
-    candidate = full_merge(gm)
-    (found,) = (module for _, module in convolutions(folded(relaxed(gm, candidate))))
-    model.right = lambda value: torch.zeros_like(value)
-    plain = captured(lively(nn.Sequential(*model.left)), x)
-    (without,) = (module for _, module in convolutions(folded(relaxed(plain, full_merge(plain)))))
-    assert found.kernel_size == (5, 5)
-    assert found.padding == (2, 2)
-    assert found.weight.shape == without.weight.shape
-    model.left = nn.Sequential(*copy.deepcopy(model.left))
+    block, chain = captured(model, x), captured(model.left, x)
+    found, without = (only_convolution(folded(relaxed(gm, full_merge(gm)))) for gm in (block, chain))
     skip = torch.zeros_like(found.weight)
     skip[range(4), range(4), 2, 2] = 1.0
-    same = captured(copy.deepcopy(model.left), x)
-    (chain,) = (module for _, module in convolutions(folded(relaxed(same, full_merge(same)))))
-    assert torch.allclose(found.weight, chain.weight + skip, rtol=0, atol=1e-12)
+    assert (found.kernel_size, found.padding) == ((5, 5), (2, 2))
+    assert torch.allclose(found.weight, without.weight + skip, rtol=0, atol=1e-12)
+    assert torch.allclose(found.bias, without.bias, rtol=0, atol=1e-12)
 
 
 def test_what_would_cost_more_stays_with_both_counts():
@@ -224,7 +220,7 @@ def test_asymmetric_padding_in_front_stays_in_front():
 
 
 class Odd(nn.Module):
-    """Shared modules, batch statistics, another padding mode, a sum with a number, x + x."""
+    """A shared module, batch statistics, a reflected border, a sum with a number, x + x."""
 
     def __init__(self):
         super().__init__()
@@ -242,9 +238,17 @@ class Odd(nn.Module):
 
 def test_what_cannot_fold_stays_and_says_so():
     result = fold(lively(Odd()), 2, 3, 6, 6)
-    assert {refusal.code for refusal in result.refusals} == {"shared", "padding-mode", "batch-statistics"}
+    assert {refusal.code for refusal in result.refusals} == {"shared", "batch-statistics"}
     assert result.modified  # x + x is a scale of the convolution in front of it
-    assert kinds(result.graph_module) == ["Conv2d", "BatchNorm2d", "Tanh", "BatchNorm2d", "Conv2d", "BatchNorm2d", "Conv2d"]
+    assert kinds(result.graph_module) == [
+        "Conv2d",
+        "BatchNorm2d",
+        "Tanh",
+        "BatchNorm2d",
+        "Conv2d",
+        "BatchNorm2d",
+        "Conv2d",
+    ]
 
 
 def test_a_convolution_alone_is_left_as_it_is():
@@ -269,8 +273,7 @@ def test_the_convolution_of_the_checks_is_torchs():
 
 def relaxed_chain():
     gm, x = small("chain")
-    candidate = next(c for c in [full_merge(gm)] if c.kept)
-    return relaxed(gm, candidate), x
+    return relaxed(gm, full_merge(gm)), x
 
 
 def test_weights_may_change():
@@ -286,7 +289,7 @@ def test_an_operation_that_was_taken_out_is_named():
     node = by_id(result)["1.1"]
     node.replace_all_uses_with(node.args[0])
     result.graph.erase_node(node)
-    with pytest.raises(UserError, match=r"from 'input' to '3.1' was edited: '1\.1' is gone. Undo the edit"):
+    with pytest.raises(UserError, match=r"from 'input' to '2\.1' was edited: '1\.1' is gone. Undo the edit"):
         folded(result)
 
 
@@ -388,22 +391,15 @@ MUTATIONS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_both_checks_catch_a_wrong_fold(mutation, dtype, monkeypatch):
     gm, x = small("residual")
-    block = next(c for c in [*fold_candidates(gm)])
+    block = next(c for c in candidates(gm) if c.exit == "1.0/add" and not c.bypassed and len(c.kept) == 2)
     result, x = relaxed(gm, block).to(dtype), x.to(dtype)
     rounding = own_error(result, ((x,), {}), outputs_of(result, ((x,), {})))
     check_equal(result, folded(result), ((x,), {}), rounding)
     module, name, mutate = MUTATIONS[mutation]
     monkeypatch.setattr(module, name, mutate(getattr(module, name)))
-    with pytest.raises(InternalError, match="folds to .* with an error of"):
+    with pytest.raises(InternalError, match=r"folds to .* with an error of"):
         folded(result)
     monkeypatch.setattr(fxmerge.passes.fold, "_check", lambda *_: None)
     wrong = folded(result)
     with pytest.raises(InternalError, match="differs from its trainable form"):
         check_equal(result, wrong, ((x,), {}), rounding)
-
-
-def fold_candidates(gm):
-    """The merge of a whole residual block, its skip included."""
-    from small_networks import candidates
-
-    return [c for c in candidates(gm) if c.exit == "1.0/add" and not c.bypassed and not c.cuts and len(c.kept) == 2]

@@ -43,7 +43,7 @@ FAR = 24
 
 
 def on_the_plane(model, x, size, stride=1):
-    """The model without activations on an infinite plane of zeros around ``x``: what relaxing must give, borders included.
+    """The model without activations on an infinite plane of zeros around ``x``: what relaxing must give, with borders.
 
     Its inner paddings lie so far out that they change nothing.
     """
@@ -65,7 +65,9 @@ PLANE = {
         (9, 7),
     ),
     "padded in front": (
-        lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 2, 1)), conv(3, 4, p=0), nn.ZeroPad2d((1, 0, 0, 1)), conv(4, 4, 2, p=0)),
+        lambda: nn.Sequential(
+            nn.ZeroPad2d((0, 1, 2, 1)), conv(3, 4, p=0), nn.ZeroPad2d((1, 0, 0, 1)), conv(4, 4, 2, p=0)
+        ),
         (8, 8),
     ),
     "dilated": (lambda: nn.Sequential(conv(3, 4, d=2), conv(4, 4, d=3)), (12, 9)),
@@ -74,17 +76,24 @@ PLANE = {
     "strided skip": (lambda: residual(3, 4, s=2)[0], (9, 8)),
     "stem with skip": (lambda: nn.Sequential(Add(conv(3, 4, 7, s=2, p=3), conv(3, 4, 1, s=2)), conv(4, 4)), (11, 12)),
     "unequal reach": (lambda: Add(nn.Sequential(conv(3, 4), conv(4, 4, 5)), conv(3, 4)), (9, 9)),
-    "concat": (lambda: nn.Sequential(Cat(conv(3, 2, 1), conv(3, 3), nn.Sequential(conv(3, 2), conv(2, 2))), conv(7, 4)), (9, 8)),
+    "concat": (
+        lambda: nn.Sequential(Cat(conv(3, 2, 1), conv(3, 3), nn.Sequential(conv(3, 2), conv(2, 2))), conv(7, 4)),
+        (9, 8),
+    ),
     "nested": (lambda: nn.Sequential(conv(3, 4), Add(nn.Sequential(Add(conv(4, 4)), conv(4, 4)))), (10, 9)),
     "bare branch": (lambda: nn.Sequential(conv(3, 4), Cat(nn.ReLU(), conv(4, 3)), conv(7, 4)), (8, 8)),
     "x + relu(x)": (lambda: nn.Sequential(conv(3, 4), Add(nn.ReLU()), conv(4, 4)), (8, 8)),
     "dropout": (lambda: nn.Sequential(conv(3, 4), nn.Dropout(0.5), conv(4, 4)), (8, 8)),
     "one axis": (
-        lambda: nn.Sequential(nn.Conv1d(3, 4, 3, 2, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 5, padding=4, dilation=2)),
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 4, 3, 2, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 5, padding=4, dilation=2)
+        ),
         (21,),
     ),
     "three axes": (
-        lambda: nn.Sequential(nn.Conv3d(2, 3, 3, padding=1), nn.BatchNorm3d(3), nn.ReLU(), nn.Conv3d(3, 2, (1, 3, 3), padding=(0, 1, 1))),
+        lambda: nn.Sequential(
+            nn.Conv3d(2, 3, 3, padding=1), nn.BatchNorm3d(3), nn.ReLU(), nn.Conv3d(3, 2, (1, 3, 3), padding=(0, 1, 1))
+        ),
         (4, 5, 6),
     ),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import NETWORKS, calibrate, dependence, image_shape, seed_images
+from zoo import NETWORKS, calibrate, dependence, image_shape, seed_images
 from torch import nn
 
 PARAMETERS = {
@@ -115,7 +115,7 @@ def test_size_must_be_a_multiple_of_32(size):
 
 
 def test_networks_need_no_torchvision():
-    code = "import sys; sys.modules['torchvision'] = None; import networks"
+    code = "import sys; sys.modules['torchvision'] = None; import zoo"
     subprocess.run(  # noqa: S603 - our own interpreter and code
         [sys.executable, "-W", "error", "-c", code], cwd=Path(__file__).parent, check=True
     )

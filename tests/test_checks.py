@@ -1,0 +1,215 @@
+"""The end-to-end check: what it measures, where it draws the line, and what it must not miss."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fxmerge
+from fxmerge.checks import EndToEnd, check_equal, check_inputs, dependence, outputs_of, own_error, relative_error
+from fxmerge.errors import InternalError
+
+
+class Off(nn.Module):
+    """``model`` with ``by`` times the deviation of its output's first row from the mean added to that row."""
+
+    def __init__(self, model, by):
+        super().__init__()
+        self.model, self.by = model, by
+
+    def forward(self, x):
+        y = self.model(x)
+        wrong = torch.zeros_like(y)
+        wrong[0] = self.by * (y - y.mean(0)).abs().max()
+        return y + wrong
+
+
+def batch(dtype=torch.float64):
+    return (torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype),), {}
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3)).double()
+
+
+# --- relative error ---------------------------------------------------------------------------------------------------
+
+
+def test_relative_error_is_held_against_what_varies():
+    b = torch.tensor([[1003.0, 5.0], [1001.0, 5.0]])
+    a = b + torch.tensor([[0.0, 0.25], [0.0, 0.0]])
+    assert relative_error([a], [b]) == 0.25
+    assert relative_error([a, b], [b, b]) == 0.25
+    assert relative_error([b], [b]) == 0.0
+    assert relative_error([b[:1] + 100.3], [b[:1]]) == pytest.approx(0.1)  # one row: against its own size
+    assert relative_error([torch.tensor(3.0)], [torch.tensor(2.0)]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "error"),
+    [
+        ([math.nan, 2.0], [1.0, 2.0], math.inf),
+        ([1.0, 2.0], [math.nan, 2.0], math.inf),
+        ([math.nan, 2.0], [math.nan, 2.0], 0.0),
+        ([math.inf, 2.0], [math.inf, 2.0], 0.0),
+        ([-math.inf, 2.0], [math.inf, 2.0], math.inf),
+        ([7.0, 7.0], [7.0, 7.0], 0.0),
+        ([7.0, 7.5], [7.0, 7.0], math.inf),  # what never varied now does
+    ],
+)
+def test_values_that_are_no_numbers_never_pass_for_equal_ones(found, expected, error):
+    a, b = (torch.tensor(values).reshape(2, 1) for values in (found, expected))
+    assert relative_error([a], [b]) == error
+
+
+def test_dependence_is_the_share_that_varies():
+    assert dependence([torch.tensor([[10.0], [12.0]])]) == pytest.approx(1 / 12)
+    assert dependence([torch.tensor([[10.0], [12.0]]), torch.ones(2, 1)]) == 0.0
+    assert dependence([torch.zeros(2, 3)]) == 0.0
+    assert dependence([]) == 0.0
+
+
+# --- thresholds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "own", "allowed"),
+    [
+        (torch.float64, 0.0, 1e-10),
+        (torch.float32, 0.0, 1e-5),
+        (torch.bfloat16, 0.0, 2e-2),
+        (torch.float32, 1e-6, 2e-5),
+        (torch.float32, 1e-7, 1e-5),
+        (torch.float32, math.inf, 1e-5),
+    ],
+)
+def test_both_sides_of_the_threshold(net, dtype, own, allowed):
+    model, inputs = net.to(torch.float64), batch()
+    if dtype is not torch.float64:  # the same values in another dtype, so that the error added is exact
+        model = nn.Sequential(net, Cast(dtype))
+    assert check_equal(model, model, inputs, own) == EndToEnd(0.0, pytest.approx(allowed), pytest.approx(0.9, abs=0.1))
+    if dtype is torch.bfloat16:
+        return
+    assert check_equal(model, Off(model, 0.9 * allowed), inputs, own).error == pytest.approx(0.9 * allowed, rel=0.2)
+    with pytest.raises(
+        InternalError, match=r"differs from its trainable form by .* \(allowed .*\)\. Nothing was handed"
+    ):
+        check_equal(model, Off(model, 1.2 * allowed), inputs, own)
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
+def test_a_network_that_ignores_its_input_is_not_checkable_rather_than_wrong():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.ones(x.shape[0], 2, dtype=x.dtype) + 1e-6 * x.mean((1, 2, 3))[:, None]
+
+    result = check_equal(Constant(), Off(Constant(), 100.0), batch(), 0.0)
+    assert not result.checkable
+    assert 0 < result.dependence < 1e-4
+    assert result.error > 10
+
+
+def test_a_network_without_batch_norm_statistics_hides_a_mirrored_kernel_from_the_plain_error():
+    """Outputs that hardly depend on the input: the plain relative error is below 1e-4 for a mirrored kernel, ours is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model[1].running_var.fill_(1e3)  # never calibrated
+    model[1].bias.data.fill_(1.0)
+    model.append(nn.Linear(8, 4)).append(nn.BatchNorm1d(4)).double().eval()
+    model[5].bias.data.fill_(30.0)
+    mirrored = fxmerge.graph.clone(fxmerge.capture(model, batch()[0][0]))
+    weight = mirrored.get_parameter("0.weight")
+    weight.data = weight.data.flip(-1)
+    expected, found = outputs_of(model, batch()), outputs_of(mirrored, batch())
+    plain = float((found[0] - expected[0]).abs().max() / expected[0].abs().max())
+    assert plain < 1e-3
+    assert relative_error(found, expected) > 0.1
+    with pytest.raises(InternalError):
+        check_equal(model, mirrored, batch(), 0.0)
+
+
+# --- own rounding error -----------------------------------------------------------------------------------------------
+
+
+def test_own_error_is_the_distance_to_float64(net):
+    single = fxmerge.capture(net.float(), batch(torch.float32)[0][0])
+    inputs = batch(torch.float32)
+    outputs = outputs_of(single, inputs)
+    expected = outputs_of(net.double(), batch())
+    inputs64 = ((inputs[0][0].double(),), {})
+    assert own_error(fxmerge.graph.clone(single).float(), inputs, outputs) == relative_error(
+        outputs, outputs_of(net.double(), inputs64)
+    )
+    assert 0 < own_error(single.float(), inputs, outputs) < 1e-5
+    assert expected[0].dtype is torch.float64
+
+
+def test_own_error_without_float64_is_that_of_disturbed_weights():
+    class Baked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x.to(torch.float32))
+
+    torch.manual_seed(0)
+    gm = fxmerge.capture(Baked(), batch(torch.float32)[0][0])
+    before = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
+    found = own_error(gm, batch(torch.float32), outputs_of(gm, batch(torch.float32)))
+    assert 1e-9 < found < 1e-6
+    assert all(torch.equal(tensor, before[name]) for name, tensor in gm.state_dict().items())
+
+
+# --- inputs and modes -------------------------------------------------------------------------------------------------
+
+
+def test_check_inputs_differ_within_the_batch_and_keep_their_kind():
+    image = torch.randint(0, 256, (1, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    flat, labels, flags = torch.full((2, 3), 4.0).half(), torch.tensor([1, 2]), torch.tensor([True, False])
+    (found, again, ids), rest = check_inputs(((flat, image.repeat(2, 1, 1, 1), labels), {"flags": flags}))
+    assert found.dtype is torch.float16
+    assert not torch.equal(found[0], found[1])  # no spread in the example: noise of one
+    assert again.dtype is torch.uint8
+    assert not torch.equal(again[0], again[1])
+    assert torch.equal(again.flatten().sort().values, image.repeat(2, 1, 1, 1).flatten().sort().values)
+    assert torch.equal(ids, labels)
+    assert torch.equal(rest["flags"], flags)
+
+
+def test_the_noise_has_the_examples_spread_and_is_the_same_every_time():
+    x = 7 * torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    ((first,), _), ((second,), _) = check_inputs(((x,), {})), check_inputs(((x,), {}))
+    assert torch.equal(first, second)
+    assert float((first - x).std()) == pytest.approx(float(x.std()), rel=0.05)
+    assert not torch.equal(check_inputs(((x,), {}), seed=1)[0][0], first)
+
+
+def test_outputs_are_those_of_eval_mode_and_modes_are_restored():
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3).eval(), nn.Identity()).train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    (found,) = outputs_of(model, batch(torch.float32))
+    assert torch.allclose(found, batch(torch.float32)[0][0], atol=1e-4)
+    assert [module.training for module in model.modules()] == modes
+    assert not found.requires_grad
+    pair = outputs_of(Pair(), batch(torch.float32))
+    assert [output.dtype for output in pair] == [torch.float32]
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return {"kept": x, "index": x.argmax(1)}

@@ -10,12 +10,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .calibration import Batch, eval_mode
+from .calibration import Batch, eval_mode, second_example
 from .errors import InternalError
-from .graph import clone
+from .graph import clone, graph_meta
 from .inputs import map_tensors
 
-__all__ = ["EndToEnd", "check_equal", "check_inputs", "dependence", "outputs_of", "own_error", "relative_error"]
+__all__ = [
+    "EndToEnd",
+    "check_equal",
+    "check_inputs",
+    "dependence",
+    "distinct_inputs",
+    "outputs_of",
+    "own_error",
+    "relative_error",
+]
 
 _FLOORS = {torch.float64: 1e-10, torch.float32: 1e-5}
 _HALF_FLOOR = 2e-2
@@ -64,6 +73,11 @@ def check_inputs(example: Batch, seed: int = 0) -> Batch:
     return map_tensors(disturb, *example)
 
 
+def distinct_inputs(gm: fx.GraphModule, example: Batch) -> Batch:
+    """:func:`check_inputs` of the example at a batch of two or more, where the captured network takes one."""
+    return check_inputs(second_example(example) if graph_meta(gm).get("dynamic_batch") else example)
+
+
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest |a - b| over the largest |b - mean of b over the batch|, the worst over all outputs.
 
@@ -76,12 +90,15 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
         >>> relative_error([b + 0.5], [b])
         0.5
     """
-    return max((_one_error(a.detach().double(), b.detach().double()) for a, b in zip(found, expected, strict=True)), default=0.0)
+    return max(
+        (_one_error(a.detach().double(), b.detach().double()) for a, b in zip(found, expected, strict=True)),
+        default=0.0,
+    )
 
 
 def _one_error(a: Tensor, b: Tensor) -> float:
     same = (a == b) | (a.isnan() & b.isnan())
-    difference = _largest(torch.where(same, 0.0, a - b).nan_to_num(nan=math.inf))
+    difference = _largest(torch.where(same, 0.0, a - b).nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf))
     scale = _largest(_varying(b))
     return difference / scale if scale else (math.inf if difference else 0.0)
 
@@ -136,6 +153,10 @@ def _rounded(model: fx.GraphModule) -> fx.GraphModule:
     return disturbed
 
 
+def _allowance(own: float) -> float:
+    return _FACTOR * own if math.isfinite(own) else 0.0  # an overflow is no measure of rounding
+
+
 def check_equal(model: fx.GraphModule, merged: nn.Module, batch: Batch, error_of_original: float) -> EndToEnd:
     """Compare a merged network with its trainable form on distinct inputs.
 
@@ -148,10 +169,9 @@ def check_equal(model: fx.GraphModule, merged: nn.Module, batch: Batch, error_of
     expected = outputs_of(model, batch)
     found = outputs_of(merged, batch)
     floor = max((_FLOORS.get(output.dtype, _HALF_FLOOR) for output in expected), default=1e-5)
-    own = error_of_original if math.isfinite(error_of_original) else 0.0
-    error, allowed = relative_error(found, expected), max(floor, _FACTOR * own)
+    error, allowed = relative_error(found, expected), max(floor, _allowance(error_of_original))
     if not error <= allowed:
-        allowed = max(allowed, _FACTOR * own_error(model, batch, expected))
+        allowed = max(allowed, _allowance(own_error(model, batch, expected)))
     result = EndToEnd(error, allowed, dependence(expected))
     if result.checkable and not result.error <= result.allowed:
         raise InternalError(

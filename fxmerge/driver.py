@@ -6,20 +6,21 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import fx, nn
 
 from .budget import Budget, parse_budget
-from .calibration import Batch, Calibration, read_calibration, second_example
+from .calibration import Batch, Calibration, read_calibration
 from .candidates import Candidate, Enumeration, Limits, Site
 from .capture import capture
-from .checks import check_equal, check_inputs, outputs_of, own_error
+from .checks import check_equal, distinct_inputs, outputs_of, own_error
 from .errors import BudgetError, PlanError, UnsupportedError, UserError
 from .estimators import Estimator, apply_candidates, get_estimator
 from .graph import clone, convolutions, device_of, graph_meta, refuse_other_structure, structure
@@ -254,13 +255,19 @@ class Frontier:
         return measured, original
 
     def _result(
-        self, plan: Plan, measured: Timing, original: Timing, requested: float, notes: tuple[str, ...] = ()
+        self,
+        plan: Plan,
+        measured: Timing,
+        original: Timing,
+        requested: float,
+        notes: tuple[str, ...] = (),
+        seconds: Mapping[str, float] = MappingProxyType({}),
     ) -> Result:
-        setup, seconds = self._setup, dict(self._seconds)
+        setup, seconds = self._setup, {**self._seconds, **seconds}
         with _stage(seconds, "install", "Installing the plan"):
             merged, model = self._install(plan, setup.calibration)
         with _stage(seconds, "check", "Checking the merged network"):
-            inputs = check_inputs(second_example(setup.example))
+            inputs = distinct_inputs(setup.base, setup.example)
             rounding = own_error(setup.base, inputs, outputs_of(setup.base, inputs))
             checked = check_equal(model, merged, inputs, rounding)
         if not checked.checkable:
@@ -312,7 +319,10 @@ class Frontier:
         best: tuple[Plan, Timing, Timing] | None = None
         smallest = float("inf")
         target = budget.resolve(self.original)
-        with _stage(self._seconds, "closed loop", "Measuring compressed networks"):
+        if above == 0:
+            raise self._unreachable(target, self.original)
+        seconds: dict[str, float] = {}
+        with _stage(seconds, "closed loop", "Measuring compressed networks"):
             for build in range(_BUILDS):
                 index = int(np.searchsorted(latencies, target, side="right")) - 1
                 last = build == _BUILDS - 1 and best is None
@@ -332,7 +342,7 @@ class Frontier:
         if best is None:
             raise self._unreachable(budget.resolve(self.original), smallest)
         plan, measured, original = best
-        return self._result(plan, measured, original, budget.resolve(original.latency))
+        return self._result(plan, measured, original, budget.resolve(original.latency), seconds=seconds)
 
 
 def compress(
@@ -575,7 +585,7 @@ def fold(model: nn.Module, example_input: Example) -> fx.GraphModule:
     example = map_tensors(lambda t: t.detach().to(device_of(base)), *split_example(example_input))
     outcome = FoldPass()(clone(base))
     assert isinstance(outcome, FoldResult)  # noqa: S101 - tells the type checker what the pass returns
-    inputs = check_inputs(second_example(example) if graph_meta(base)["dynamic_batch"] else example)
+    inputs = distinct_inputs(base, example)
     check_equal(base, outcome.graph_module, inputs, own_error(base, inputs, outputs_of(base, inputs)))
     listed = [{"code": r.code, "first": r.convolution, "last": r.node, "reason": r.reason} for r in outcome.refusals]
     graph_meta(outcome.graph_module)["refusals"] = listed

@@ -117,11 +117,18 @@ def _joined(node: fx.Node, values: Mapping[fx.Node, _Map]) -> list[_Map]:
     kind = JOINS[node.target]  # type: ignore[index]
     operands = join_operands(node)
     found = [values[operand] for operand in operands if operand in values]
-    plain = list(node.args[1:]) == [1] if kind == "concat" else kind == "add" and len(operands) == 2
+    plain = list(node.args[1:]) == [1] if kind == "concat" else kind in ("add", "sub") and len(operands) == 2
     strides = {each.stride if isinstance(each, Geometry) else each.geometry.stride for each in found}
     if not plain or node.kwargs or len(found) < len(operands) or len(strides) > 1:
         raise InexactError("not-linear", f"{node_id(node)!r} cannot fold: it is no plain sum or stack of linear maps")
-    return found
+    return [found[0], _negated(found[1])] if kind == "sub" else found
+
+
+def _negated(found: _Map) -> _Map:
+    if isinstance(found, Geometry):
+        return found
+    minus = -torch.ones_like(found.bias)
+    return found.then(ConvMap.scale(minus, torch.zeros_like(minus), found.geometry.dims))
 
 
 def _geometry_of(gm: fx.GraphModule, node: fx.Node, shared: frozenset[str]) -> Geometry:

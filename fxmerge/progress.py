@@ -228,9 +228,9 @@ class _PlainView:
     def finish(self, bar: Bar, now: float, failed: bool) -> None:
         taken = _duration(now - bar.started)
         if failed:
-            _log.info("%s: stopped at %s after %s", bar.title, _count(bar), taken)
+            _log.info("%s: stopped%s after %s", bar.title, "".join(f" at {count}" for count in _count(bar)), taken)
         else:
-            _log.info("%s: %s, done in %s", bar.title, _count(bar), taken)
+            _log.info("%s: %s", bar.title, ", ".join([*_count(bar), f"done in {taken}"]))
 
     def close(self) -> None:
         pass
@@ -289,14 +289,17 @@ def _checked(mode: str, source: str) -> ProgressMode:
 
 def _status(bar: Bar, now: float) -> str:
     elapsed = now - bar.started
-    parts = [_count(bar), _duration(elapsed)]
+    parts = [*_count(bar), _duration(elapsed)]
     if bar.total is not None and 0 < bar.done < bar.total:
         parts.append(f"about {_duration(elapsed * (bar.total - bar.done) / bar.done)} left")
     return ", ".join(parts) + (f" ({bar.note})" if bar.note else "")
 
 
-def _count(bar: Bar) -> str:
-    return f"{bar.done}" if bar.total is None else f"{bar.done}/{bar.total}"
+def _count(bar: Bar) -> list[str]:
+    """How far a stage is, where it counts steps at all."""
+    if bar.total is None:
+        return [f"{bar.done}"] if bar.done else []
+    return [f"{bar.done}/{bar.total}"]
 
 
 def _duration(seconds: float) -> str:

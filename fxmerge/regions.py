@@ -2,7 +2,7 @@
 
 A region (e, x) is what lies between two values such that e dominates and x post-dominates all of it (the program
 structure tree of compilers; Johnson, Pearson, Pingali, PLDI 1994). Regions in a row form a :class:`Series`; a fork
-whose branches meet again in one add, multiply or concatenation is a :class:`Parallel`; what is more entangled is a
+whose branches meet again in one add, subtraction, multiplication or concatenation is a :class:`Parallel`; what is more entangled is a
 :class:`Mesh`, whose inner chains are still found. Only tensor values that depend on an image-like input take part:
 sizes, parameters and side inputs do not.
 """
@@ -23,7 +23,7 @@ __all__ = ["JOINS", "Mesh", "Op", "Parallel", "Region", "Series", "all_series", 
 
 _aten = torch.ops.aten
 
-JOINS = {_aten.add.Tensor: "add", _aten.mul.Tensor: "mul", _aten.cat.default: "concat"}
+JOINS = {_aten.add.Tensor: "add", _aten.sub.Tensor: "sub", _aten.mul.Tensor: "mul", _aten.cat.default: "concat"}
 """The operators that may close a Parallel region, with the names they go by."""
 
 
@@ -47,8 +47,17 @@ class Parallel:
 
     @property
     def join(self) -> str:
-        """``add``, ``mul`` or ``concat``."""
+        """``add``, ``sub``, ``mul`` or ``concat``."""
         return JOINS[self.exit.target]  # type: ignore[index]
+
+    @property
+    def adds(self) -> bool:
+        """Whether the join is a sum, the second branch negated or not."""
+        return self.join in ("add", "sub")
+
+    def may_lose(self, position: int) -> bool:
+        """Whether the branch at ``position`` can go and leave the others' value: not channels, not what is subtracted from."""
+        return self.join in ("add", "mul") or (self.join == "sub" and position == 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .calibration import Batch, second_example
-from .checks import EndToEnd, check_equal, check_inputs
+from .calibration import Batch
+from .checks import EndToEnd, check_equal, distinct_inputs
 from .errors import StoreError
 from .graph import clone, device_of
 from .plan import Plan
@@ -50,7 +50,7 @@ class Result:
 
     def _merge(self) -> tuple[fx.GraphModule, EndToEnd]:
         merged = merge_graph(self.model)
-        inputs = check_inputs(second_example(self.example))
+        inputs = distinct_inputs(self.model, self.example)
         return merged, check_equal(self.model, merged, inputs, self.report.original_error)
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -8,7 +8,7 @@ A segment is an interval of consecutive children of a Series of the region tree.
    ``add_geometries`` or ``concat_geometries``, so subsets are never listed.
 2. **bypass**: the shortest intervals whose entry and exit have the same shape become the identity. Longer ones are made
    of these.
-3. **drop**: a branch of an add or of a gate goes, and the join with it when one is left.
+3. **drop**: a branch of a sum or of a gate goes, and the join with it when one is left.
 
 Bypasses and drops together never take every convolution of a branch: a join of a value with itself (x + x) is no
 network anyone wants; the branch is dropped instead.
@@ -245,8 +245,7 @@ class _Search:
             return Barrier("not-linear", f"{node_id(join)} does not concatenate channels")
         if parallel.entry is None or not is_tensor(parallel.entry) or len(shape_of(parallel.entry)) < 3:
             return Barrier("not-spatial", f"the branches joined by {node_id(join)} do not start from one spatial value")
-        add = parallel.join == "add"
-        if len({shape_of(value)[1 if add else 2 :] for value in join.all_input_nodes}) > 1:
+        if len({shape_of(value)[1 if parallel.adds else 2 :] for value in join.all_input_nodes}) > 1:
             return Barrier("not-linear", f"{node_id(join)} broadcasts one of its operands")
         table: _Joined = {}
         for position, branch in enumerate(parallel.branches):
@@ -276,7 +275,7 @@ class _Search:
                 return Barrier("kernel-cap", f"no kernel within max_kernel={cap} covers a branch of {join}")
         # A branch that has no convolution left is dropped, never turned into the identity: that would be x + x.
         options: _Joined = {geometry: way for geometry, way in ways.items() if way.kept or not names}
-        if names and parallel.join == "add" and self.limits.method != "depth":
+        if names and parallel.adds and parallel.may_lose(position) and self.limits.method != "depth":
             removed = _removable(self.gm, branch, self.shared)
             cuts = ((node_id(parallel.exit), position),)
             options[None] = _Way(identity, bypassed=names, removed=removed, cuts=cuts)
@@ -285,7 +284,6 @@ class _Search:
     def _join(self, parallel: Parallel, first: _Joined, second: _Joined) -> _Joined:
         assert parallel.entry is not None  # noqa: S101 - checked when the branches were listed
         size = shape_of(parallel.entry)[2:]
-        add = parallel.join == "add"
         table: _Joined = {}
         for (a, one), (b, other) in product(first.items(), second.items()):
             if a is None or b is None:
@@ -294,7 +292,7 @@ class _Search:
             elif a.stride != b.stride or a.out_size(size) != b.out_size(size):
                 continue
             else:
-                joined, joins = (add_geometries if add else concat_geometries)([a, b]), 1
+                joined, joins = (add_geometries if parallel.adds else concat_geometries)([a, b]), 1
             if joined is None:
                 continue
             way = one.then(other, joined)
@@ -408,7 +406,7 @@ class _Search:
 
     def _drop(self, number: int, branch: Series, parallel: Parallel, position: int) -> Iterator[Site]:
         names = _convolutions(self.gm, branch.children)
-        if parallel.join == "concat" or not names or parallel.entry is None or branch.exit is None:
+        if not parallel.may_lose(position) or not names or parallel.entry is None or branch.exit is None:
             return
         others = [each for k, each in enumerate(parallel.branches) if k != position]
         values = [parallel.entry if each is None else each.exit for each in others]

@@ -245,7 +245,7 @@ def _geometry(gm: fx.GraphModule, children: Sequence[Region], candidate: Candida
     for child in children:
         if isinstance(child, Parallel):
             branches = _branch_geometries(gm, child, candidate, total.out_channels)
-            join = add_geometries if child.join == "add" else concat_geometries
+            join = add_geometries if child.adds else concat_geometries
             total = total.then(join(branches))
         elif isinstance(child, Op) and node_id(child.exit) not in candidate.bypassed:
             what = meaning(gm, child.exit, frozenset())

@@ -75,7 +75,7 @@ def test_a_stage_that_never_advances_is_shown_by_the_heartbeat(clock, lines):
     with shown.stage("Waiting", None):
         clock.now += 3
         shown.tick()
-    assert lines() == ["Waiting: 0, 3 s", "Waiting: 0, done in 3 s"]
+    assert lines() == ["Waiting: 3 s", "Waiting: done in 3 s"]
 
 
 def test_the_heartbeat_beats_while_a_stage_runs_and_then_ends(lines):

@@ -39,6 +39,17 @@ class Add(nn.Module):
         return (x if self.right is None else self.right(x)) + self.left(x)
 
 
+class Minus(nn.Module):
+    """The input less a branch, as denoisers have it."""
+
+    def __init__(self, branch):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x):
+        return x - self.branch(x)
+
+
 class Cat(nn.Module):
     def __init__(self, *branches):
         super().__init__()

@@ -12,6 +12,7 @@ from small_networks import (
     SMALL,
     Add,
     Cat,
+    Minus,
     candidates,
     captured,
     conv,
@@ -83,6 +84,7 @@ PLANE = {
     "nested": (lambda: nn.Sequential(conv(3, 4), Add(nn.Sequential(Add(conv(4, 4)), conv(4, 4)))), (10, 9)),
     "bare branch": (lambda: nn.Sequential(conv(3, 4), Cat(nn.ReLU(), conv(4, 3)), conv(7, 4)), (8, 8)),
     "x + relu(x)": (lambda: nn.Sequential(conv(3, 4), Add(nn.ReLU()), conv(4, 4)), (8, 8)),
+    "difference": (lambda: nn.Sequential(conv(3, 4), Minus(conv(4, 4)), conv(4, 4)), (8, 8)),
     "dropout": (lambda: nn.Sequential(conv(3, 4), nn.Dropout(0.5), conv(4, 4)), (8, 8)),
     "one axis": (
         lambda: nn.Sequential(

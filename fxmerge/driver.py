@@ -82,6 +82,9 @@ class Frontier:
         self.enumeration = enumeration
         self._useful = useful
         self._structure = structure(setup.base)
+        self._inputs = distinct_inputs(setup.base, setup.example)
+        self._rounding = own_error(setup.base, self._inputs, outputs_of(setup.base, self._inputs))
+        self._installed: tuple[tuple[Candidate, ...], tuple[fx.GraphModule, fx.GraphModule]] | None = None
         self._setup = setup
         self._table = table
         self._losses = losses
@@ -238,9 +241,14 @@ class Frontier:
     # --- installing and measuring ------------------------------------------------------------------------------------------
 
     def _install(self, plan: Plan, calibration: Calibration | None) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """The merged and the trainable network of a plan."""
+        """The merged and the trainable network of a plan; the last pair without calibration is kept, to be handed out."""
+        if calibration is None and self._installed is not None and self._installed[0] == plan.candidates:
+            return self._installed[1]
         model = apply_candidates(self._setup.base, plan.candidates, calibration)
-        return merge_graph(model), model
+        pair = merge_graph(model), model
+        if calibration is None:
+            self._installed = plan.candidates, pair
+        return pair
 
     def _measure(self, merged: fx.GraphModule) -> tuple[Timing, Timing]:
         """A network and the original, interleaved."""
@@ -265,11 +273,10 @@ class Frontier:
     ) -> Result:
         setup, seconds = self._setup, {**self._seconds, **seconds}
         with _stage(seconds, "install", "Installing the plan"):
-            merged, model = self._install(plan, setup.calibration)
+            merged, model = self._install(plan, setup.calibration if plan.candidates else None)
+            self._installed = None  # handed out: the user may change it
         with _stage(seconds, "check", "Checking the merged network"):
-            inputs = distinct_inputs(setup.base, setup.example)
-            rounding = own_error(setup.base, inputs, outputs_of(setup.base, inputs))
-            checked = check_equal(model, merged, inputs, rounding)
+            checked = check_equal(model, merged, self._inputs, self._rounding)
         if not checked.checkable:
             notes = (
                 *notes,
@@ -294,7 +301,7 @@ class Frontier:
             decisions=decide(setup.base, self.enumeration, self._useful, plan),
             error=checked.error,
             error_allowed=checked.allowed,
-            original_error=rounding if rounding < float("inf") else 0.0,
+            original_error=self._rounding,
             dependence=checked.dependence,
             bound=self._table.scale * self._points.bound,
             seconds=seconds,

@@ -17,7 +17,7 @@ from .candidates import Refusal
 from .errors import InexactError
 from .graph import CONVOLUTIONS, device_of, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
 from .linear import Barrier, Linear, Removable, conv_geometry, linear_map, meaning
-from .regions import JOINS, Mesh, Op, Parallel, Region, Series, all_series, region_tree
+from .regions import JOINS, Mesh, Region, Series, all_series, operations, region_tree
 from .surgery import join_operands
 
 __all__ = ["Run", "compose", "compose_geometry", "convolve", "exact_runs", "operations"]
@@ -271,22 +271,6 @@ class _Search:
         first = next((node for node in nodes if is_convolution(self.gm, node)), nodes[0])
         refusal = Refusal(code, node_id(first), node_id(nodes[-1]), reason)
         self.refusals.setdefault((first, nodes[-1]), refusal)
-
-
-def operations(region: Region | Series) -> Iterator[fx.Node]:
-    """Every operation of a region, those of nested regions among them; a join comes after what it joins."""
-    if isinstance(region, Series):
-        for child in region.children:
-            yield from operations(child)
-        return
-    if isinstance(region, Parallel):
-        for branch in region.branches:
-            if branch is not None:
-                yield from operations(branch)
-    if isinstance(region, Mesh):
-        yield from region.nodes
-    elif isinstance(region, (Op, Parallel)):
-        yield region.exit
 
 
 def _cheapest(runs: Iterable[tuple[int, int, Run]], length: int) -> list[tuple[int, int, Run]]:

@@ -10,7 +10,7 @@ from typing import Any
 from .candidates import Candidate
 from .errors import PlanError, UserError
 
-__all__ = ["Plan", "PlanEntry"]
+__all__ = ["Plan", "PlanEntry", "format_latency"]
 
 _FORMAT = "fxmerge.plan/1"
 

@@ -2,9 +2,9 @@
 
 A region (e, x) is what lies between two values such that e dominates and x post-dominates all of it (the program
 structure tree of compilers; Johnson, Pearson, Pingali, PLDI 1994). Regions in a row form a :class:`Series`; a fork
-whose branches meet again in one add, subtraction, multiplication or concatenation is a :class:`Parallel`; what is more entangled is a
-:class:`Mesh`, whose inner chains are still found. Only tensor values that depend on an image-like input take part:
-sizes, parameters and side inputs do not.
+whose branches meet again in one sum, difference, product or concatenation is a :class:`Parallel`; what is more
+entangled is a :class:`Mesh`, whose inner chains are still found. Only tensor values that depend on an image-like input
+take part: sizes, parameters and side inputs do not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx
 from .errors import UnsupportedError
 from .graph import META, is_tensor, node_id, shape_of
 
-__all__ = ["JOINS", "Mesh", "Op", "Parallel", "Region", "Series", "all_series", "region_tree", "render"]
+__all__ = ["JOINS", "Mesh", "Op", "Parallel", "Region", "Series", "all_series", "operations", "region_tree", "render"]
 
 _aten = torch.ops.aten
 
@@ -277,6 +277,22 @@ def all_series(region: Region | Series) -> Iterator[Series]:
     for child in children:
         if child is not None:
             yield from all_series(child)
+
+
+def operations(region: Region | Series) -> Iterator[fx.Node]:
+    """Every operation of a region, those of nested regions among them; a join comes after what it joins."""
+    if isinstance(region, Series):
+        for child in region.children:
+            yield from operations(child)
+        return
+    if isinstance(region, Parallel):
+        for branch in region.branches:
+            if branch is not None:
+                yield from operations(branch)
+    if isinstance(region, Mesh):
+        yield from region.nodes
+    elif isinstance(region, (Op, Parallel)):
+        yield region.exit
 
 
 def render(region: Region | Series, indent: int = 0) -> str:

@@ -17,7 +17,7 @@ from .graph import clone, device_of
 from .plan import Plan
 from .report import Report
 
-__all__ = ["Result", "load"]
+__all__ = ["Result", "load", "merge_graph"]
 
 
 class Result:

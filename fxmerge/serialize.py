@@ -36,6 +36,7 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from .errors import StoreError, UnsupportedError, UserError
+from .graph import CanonicalGraph
 
 __all__ = ["graph_to_json", "load_documents", "load_graph", "save_graph", "state_tensors"]
 
@@ -660,7 +661,7 @@ def _rebuild(
 ) -> fx.GraphModule:
     """The graph module of a description, over these very tensors."""
     entries = description["modules"]
-    gm = fx.GraphModule(nn.Module(), fx.Graph(), _checked_name(description["name"]))
+    gm = CanonicalGraph(nn.Module(), fx.Graph(), _checked_name(description["name"]))
     for path, entry in entries.items():
         with _reading(f"module {path!r}"):
             if path:

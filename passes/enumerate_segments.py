@@ -36,7 +36,7 @@ from fxmerge.candidates import Candidate, Enumeration, Limits, Refusal, Site
 from fxmerge.graph import META, between, by_id, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
 from fxmerge.linear import IDEMPOTENT, Barrier, Linear, Meaning, Removable, meaning
 from fxmerge.passes._base import GraphPass
-from fxmerge.regions import Mesh, Op, Parallel, Region, Series, all_series, region_tree
+from fxmerge.regions import Mesh, Op, Parallel, Region, Series, all_series, operations, region_tree
 
 
 class EnumerationResult(PassResult):
@@ -456,7 +456,7 @@ def _may_be_entry(value: fx.Node | None) -> TypeGuard[fx.Node]:
 
 
 def _written_in_place(regions: Sequence[Region]) -> bool:
-    return any(node.meta.get(META, {}).get("opaque") for region in regions for node in _nodes(region))
+    return any(node.meta.get(META, {}).get("opaque") for region in regions for node in operations(region))
 
 
 def _until_barrier(units: Sequence[_Unit]) -> tuple[str, ...]:
@@ -481,28 +481,13 @@ def _meets_its_entry(series: Series) -> bool:
     return not series.entry.users.keys().isdisjoint(series.children[-1].exit.users)
 
 
-def _nodes(region: Region | Series) -> Iterator[fx.Node]:
-    if isinstance(region, Op):
-        yield region.exit
-    elif isinstance(region, Mesh):
-        yield from region.nodes
-    elif isinstance(region, Parallel):
-        for branch in region.branches:
-            if branch is not None:
-                yield from _nodes(branch)
-        yield region.exit
-    else:
-        for child in region.children:
-            yield from _nodes(child)
-
-
 def _convolutions(gm: fx.GraphModule, regions: Sequence[Region]) -> tuple[str, ...]:
-    return tuple(node_id(node) for region in regions for node in _nodes(region) if is_convolution(gm, node))
+    return tuple(node_id(node) for region in regions for node in operations(region) if is_convolution(gm, node))
 
 
 def _removable(gm: fx.GraphModule, region: Region | Series, shared: frozenset[str]) -> tuple[str, ...]:
     found = []
-    for node in _nodes(region):
+    for node in operations(region):
         what = meaning(gm, node, shared)
         if isinstance(what, Removable) and not what.free:
             found.append(node_id(node))

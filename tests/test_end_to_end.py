@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from zoo import NETWORKS, calibrate, dependence, image_shape, seed_images
 from torch import nn
+from zoo import NETWORKS, calibrate, dependence, image_shape, seed_images
 
 import fxmerge
 from fxmerge.checks import check_equal, check_inputs, relative_error

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import NETWORKS, calibrate, dependence, image_shape, seed_images
 from torch import nn
+from zoo import NETWORKS, calibrate, dependence, image_shape, seed_images
 
 PARAMETERS = {
     "vgg16_bn": 138_365_992,

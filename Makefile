@@ -34,7 +34,7 @@ demo: $(INSTALLED) ## Compress a small network that reads digits, and show what 
 
 test: lint ## Run all checks and all tests
 	@echo "test: running pytest on $(WORKERS) workers"
-	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## Check style (ruff), format (ruff) and types (mypy)
 	@echo "lint: ruff check, ruff format, mypy"

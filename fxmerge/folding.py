@@ -20,7 +20,7 @@ from .linear import Barrier, Linear, Removable, conv_geometry, linear_map, meani
 from .regions import JOINS, Mesh, Region, Series, all_series, operations, region_tree
 from .surgery import join_operands
 
-__all__ = ["Run", "compose", "compose_geometry", "convolve", "exact_runs", "operations"]
+__all__ = ["Run", "compose", "compose_geometry", "convolve", "exact_runs"]
 
 _Map = TypeVar("_Map", ConvMap, Geometry)
 

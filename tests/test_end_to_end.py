@@ -38,7 +38,7 @@ def prepared(name):
     return SimpleNamespace(model=model, example=example, frontier=frontier, results=results)
 
 
-@pytest.fixture(params=list(NETWORKS), scope="module")
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NETWORKS], scope="module")
 def network(request):
     yield request.param, prepared(request.param)
     prepared.cache_clear()
@@ -184,7 +184,7 @@ def test_a_missing_crop_of_a_skip_is_caught():
         FoldPass()(broken)
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MEASURED])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_measured_latency_meets_the_budget(name, budget, tmp_path):
     made = prepared(name)

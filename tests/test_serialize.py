@@ -671,7 +671,7 @@ def test_save_refuses_what_a_constructor_does_not_restore(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "target",
     [print, torch.relu, getattr, torch.load, aten.add, aten.from_file.default, operator.attrgetter],
-    ids=str,
+    ids=lambda target: getattr(target, "__name__", str(target)),
 )
 def test_save_refuses_functions(tmp_path: Path, target: object) -> None:
     graph = fx.Graph()

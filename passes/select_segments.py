@@ -15,11 +15,10 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxmerge.candidates import Candidate, Enumeration, Site
-from fxmerge.folding import operations
 from fxmerge.graph import node_id
 from fxmerge.passes._base import GraphPass
 from fxmerge.passes.profile_latency import LatencyTable
-from fxmerge.regions import Mesh, Op, Parallel, Region, Series
+from fxmerge.regions import Mesh, Op, Parallel, Region, Series, operations
 from fxmerge.solver import Chain, Choice, Fork, Frontier, Leaf, Problem, Span, solve
 
 

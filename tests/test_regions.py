@@ -14,7 +14,9 @@ from torch import fx, nn
 import fxmerge
 from fxmerge import regions
 from fxmerge.errors import UnsupportedError
-from fxmerge.graph import META, convolutions
+from fxmerge.graph import META, clone, convolutions
+from fxmerge.passes import FoldPass, RelaxPass
+from fxmerge.passes.enumerate_segments import enumerate_segments
 from fxmerge.regions import Mesh, Op, Parallel, all_series, region_tree, render
 
 
@@ -306,7 +308,8 @@ TREES = {
     difference: ((), """
         Series
           input 4x8x8
-          Mesh of 4 operations
+          Parallel, joined by sub
+            identity
             Series
               a.0 4x8x8
               a.1 4x8x8
@@ -519,3 +522,33 @@ def test_the_check_against_the_definition_can_fail(monkeypatch, method):
     monkeypatch.setattr(regions._Values, method, wrong[method])
     with pytest.raises(AssertionError):
         check_random_graphs()
+
+
+class Difference(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 4, 3, padding=1)
+        self.b = nn.Conv2d(4, 4, 5, padding=2)
+
+    def forward(self, x):
+        return self.a(x) - self.b(x)
+
+
+def test_a_difference_is_a_parallel_that_merges_with_its_sign_and_drops_only_what_is_subtracted():
+    """As a Mesh it could have been bypassed into x - x."""
+    torch.manual_seed(0)
+    model = Difference().double()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    gm = clone(fxmerge.capture(model, x))
+    candidates = [site.candidate for site in enumerate_segments(gm).sites]
+    dropped = [c for c in candidates if c.kind == "drop"]
+    assert [c.bypassed for c in dropped] == [("b",)]
+    (merge,) = [c for c in candidates if c.kind == "merge" and len(c.kept) == 2]
+    merged = FoldPass()(RelaxPass([merge])(clone(gm)).graph_module.eval()).graph_module
+    with torch.no_grad():
+        expected = model(x)
+        assert (merged(x) - expected).abs().max() <= 1e-10 * expected.abs().max()
+        assert (merged(x) - (model.a(x) + model.b(x))).abs().max() > 0.1
+        left = RelaxPass(dropped)(clone(gm)).graph_module
+        assert torch.equal(left(x), model.a(x))
+    assert sum(isinstance(module, nn.Conv2d) for module in merged.modules()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -203,8 +204,8 @@ def test_options_reach_the_library(capsys, monkeypatch):
     expected = {"method": "depth", "max_kernel": 5, "max_span": 4, "exit_activation": True, "levels": 9}
     assert {name: seen[name] for name in expected} == expected
     assert seen["importance"] == "magnitude"
-    assert seen["model"] is sys.modules["clinets"].instance
-    assert seen["inputs"] is sys.modules["clinets"].first
+    assert seen["model"] is importlib.import_module("clinets").instance
+    assert seen["inputs"] is importlib.import_module("clinets").first
     assert [len(pair) for pair in seen["calibration"]] == [2, 2]
     assert {name: list(value.shape) for name, value in seen["example"].items()} == {"image": [3, 3, 12, 12]}
 
@@ -236,7 +237,7 @@ def test_the_seed_decides_random_weights(capsys):
 
 def test_frontier_prints_a_row_for_every_plan_and_saves_them(capsys, folder):
     torch.manual_seed(0)
-    net = sys.modules["clinets"].Net()
+    net = importlib.import_module("clinets").Net()
     found = fxmerge.frontier(net, torch.randn(2, 3, 12, 12), runtime="macs")
     out = run(capsys, "frontier", "clinets:net", *SHAPE, *MACS, "--save", "plans.json")
     first, _, head, *rows = out.splitlines()
@@ -319,7 +320,7 @@ def test_a_saved_folder_is_a_model_with_an_example(saved, folder, capsys):
 
 def test_a_pt2_file_is_a_model(folder, capsys):
     torch.manual_seed(0)
-    net = sys.modules["clinets"].Net().eval()
+    net = importlib.import_module("clinets").Net().eval()
     fxmerge.export(net, folder / "net.pt2", torch.randn(2, 3, 12, 12))
     from_file = json.loads(run(capsys, "inspect", "net.pt2", *SHAPE, "--json"))
     from_class = json.loads(run(capsys, "inspect", "clinets:net", *SHAPE, "--json"))
@@ -334,7 +335,7 @@ def test_a_pt2_file_is_a_model(folder, capsys):
 
 def test_weights_come_from_a_file(folder, capsys):
     torch.manual_seed(5)
-    net = sys.modules["clinets"].Net().eval()
+    net = importlib.import_module("clinets").Net().eval()
     save_file(net.state_dict(), folder / "net.safetensors")
     run(capsys, "export", "clinets:net", "weighted.pt2", *SHAPE, "--weights", "net.safetensors")
     x = torch.randn(3, 3, 12, 12)

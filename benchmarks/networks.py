@@ -20,6 +20,7 @@ import onnxruntime
 import torch
 
 import fxmerge
+from fxmerge.runtimes.onnxruntime import OnnxRuntime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -63,7 +64,7 @@ def run(name: str, size: int) -> dict[str, Any]:
     }
     frontiers = [fxmerge.frontier(model, example, runtime="macs")]
     if name in MEASURED:
-        frontiers.append(fxmerge.frontier(model, example, runtime="onnxruntime", store=None))
+        frontiers.append(fxmerge.frontier(model, example, runtime=OnnxRuntime(threads=1), store=None))
     for frontier in frontiers:
         for budget in BUDGETS:
             result = frontier.compress(budget)

@@ -293,7 +293,9 @@ class Frontier:
             batch=setup.batch,
             requested=requested,
             original=original.latency,
-            predicted=plan.predicted,
+            predicted=plan.predicted
+            / self.original
+            * original.latency,  # anchored on the latest timing of the original
             measured=measured.latency,
             repeatability=max(measured.repeatability, original.repeatability),
             before=size_of(setup.base),

@@ -2,7 +2,7 @@
 
 Run it with ``make demo`` or ``python examples/digits/compress.py``; about two minutes on two cores. It captures the network,
 measures every layer that a plan could contain, scores the candidates on calibration images (no labels), picks the plan, fine-tunes
-the result for one short epoch, merges it and writes ``out/digits``: the saved result and two ONNX files.
+the result for two short epochs, merges it and writes ``out/digits``: the saved result and two ONNX files.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=0.6, help="share of the original's latency (default 0.6)")
     parser.add_argument("--images", type=int, default=160, help="calibration images (default 160)")
-    parser.add_argument("--epochs", type=int, default=1, help="epochs of fine-tuning on 8,000 digits (default 1)")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of fine-tuning on 8,000 digits (default 2)")
     parser.add_argument("--out", type=Path, default=Path("out/digits"), help="where files go (default out/digits)")
     return parser.parse_args()
 

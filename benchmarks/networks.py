@@ -1,8 +1,9 @@
 """Published networks at their published sizes through the whole pipeline, at three budgets each.
 
-``python benchmarks/networks.py`` writes ``benchmarks/results/networks.json`` after every network and prints the table that the
-README shows; networks that are in the file already are not run again (``--again`` does). Random weights with batch-norm statistics
-from random images; importance is ``magnitude``; every result is exported and its ONNX compared at two batch sizes.
+``python benchmarks/networks.py`` writes ``benchmarks/results/networks.json`` after every network, and beside it the table
+``networks.md``, of which the README shows a part. Networks that are in the file already are not run again (``--again``
+does). Random weights with batch-norm statistics from random images; importance is ``magnitude``; every result is exported
+and its ONNX compared with torch at two batch sizes.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
         if name not in done or options.again:
             done[name] = run(name, options.size)
             RESULTS.write_text(json.dumps(done, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(table(done) + "\n")
     print(table(done))
 
 

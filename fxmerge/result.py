@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .calibration import Batch
-from .checks import EndToEnd, check_equal, distinct_inputs
+from .checks import check_equal, distinct_inputs
 from .errors import StoreError
 from .graph import clone, device_of
 from .plan import Plan
@@ -46,12 +46,10 @@ class Result:
             UserError: a merged segment of ``model`` was edited.
             InternalError: a check failed.
         """
-        return self._merge()[0]
-
-    def _merge(self) -> tuple[fx.GraphModule, EndToEnd]:
         merged = merge_graph(self.model)
         inputs = distinct_inputs(self.model, self.example)
-        return merged, check_equal(self.model, merged, inputs, self.report.original_error)
+        check_equal(self.model, merged, inputs, self.report.original_error)
+        return merged
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the result into a folder: graph and plan and report as JSON, weights as safetensors.

@@ -94,6 +94,7 @@ def folder(tmp_path_factory):
 def _in_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.syspath_prepend(folder)  # a test may import the module before any command has added its folder
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,12 @@ Sides: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 _CONV_CLASSES: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
+_ROUNDING = 1e-12
+"""Two float64 values are taken for one where they differ by less than this share of the terms that they are sums of."""
+
+_LARGEST_PAD = 1e4
+"""Bound on a padding value that a composition chooses; the largest number of half precision is 65504."""
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Geometry:
@@ -135,7 +141,33 @@ class Geometry:
     def identity(channels: int, dims: int) -> Geometry:
         """The geometry of the map that changes nothing: kernel 1, each channel its own group."""
         ones, zeros = (1,) * dims, (0,) * dims
-        return Geometry(channels, channels, ones, ones, ones, zeros, zeros, channels)
+        return Geometry.depthwise(channels, ones, ones, zeros, zeros)
+
+    @staticmethod
+    def depthwise(
+        channels: int, kernel: Sequence[int], stride: Sequence[int], left: Sequence[int], right: Sequence[int]
+    ) -> Geometry:
+        """The geometry of a filter without dilation that keeps channels apart, such as average pooling.
+
+        Example:
+            >>> Geometry.depthwise(8, (3, 3), (2, 2), (1, 1), (1, 1))
+            Geometry(3x3 s2 p1 g8 8->8)
+        """
+        ones = (1,) * len(kernel)
+        return Geometry(
+            channels, channels, tuple(kernel), tuple(stride), ones, tuple(left), tuple(right), groups=channels
+        )
+
+    @staticmethod
+    def pointwise(in_channels: int, out_channels: int, dims: int) -> Geometry:
+        """The geometry of a map that mixes all channels and looks at no neighbour: kernel 1, one group.
+
+        Example:
+            >>> Geometry.pointwise(8, 4, dims=2)
+            Geometry(1x1 8->4)
+        """
+        ones, zeros = (1,) * dims, (0,) * dims
+        return Geometry(in_channels, out_channels, ones, ones, ones, zeros, zeros, groups=1)
 
     def out_size(self, in_size: Sequence[int]) -> tuple[int, ...]:
         """Output size per axis for an input size per axis.
@@ -376,6 +408,9 @@ class ConvMap:
         bias: float64, (out_channels,).
         pad_value: float64, (in_channels,): what the input is taken to be where the padding lies. A
             single number serves all channels; default 0.
+        bias_size: float64, (out_channels,): the absolute values of all terms that ``bias`` was computed as a sum
+            of, summed, never less than ``|bias|``, which is the default. What rounding left of a bias that cancels is
+            small against this, not against the bias.
 
     Tensors are detached and converted to float64 on the weight's device; no method writes to them.
 
@@ -393,6 +428,7 @@ class ConvMap:
     weight: Tensor
     bias: Tensor
     pad_value: Tensor = field(default_factory=lambda: torch.zeros(()))
+    bias_size: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def __post_init__(self) -> None:
         weight = self.weight.detach().to(torch.float64)
@@ -410,6 +446,7 @@ class ConvMap:
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "bias", bias)
         object.__setattr__(self, "pad_value", pad_value)
+        object.__setattr__(self, "bias_size", torch.maximum(bias.abs(), self.bias_size.detach().to(weight)))
 
     def __repr__(self) -> str:
         return f"ConvMap({self.geometry})"
@@ -447,6 +484,54 @@ class ConvMap:
         """The map ``x * scale + shift`` with one number each per channel."""
         geometry = Geometry.identity(scale.numel(), dims)
         return ConvMap(geometry, scale.reshape(geometry.weight_shape), shift)
+
+    @staticmethod
+    def average_pool(
+        channels: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        left: Sequence[int],
+        right: Sequence[int],
+        divisor: int | None = None,
+    ) -> ConvMap:
+        """The map that sums each channel over a window and divides by a fixed number.
+
+        This is torch's average pooling where every window is divided by the same number: padding counts as zeros
+        (``count_include_pad``) and no window is cut short at the end (``ceil_mode``).
+
+        Args:
+            channels: Channels in and out.
+            kernel: Window size per axis.
+            stride: Step of the window per axis.
+            left: Padding before each axis.
+            right: Padding after each axis.
+            divisor: What the sum is divided by; default the number of positions in the window.
+
+        Example:
+            >>> ConvMap.average_pool(1, (2,), (2,), (0,), (0,)).apply(torch.tensor([[[1.0, 3.0, 5.0, 5.0]]]))
+            tensor([[[2., 5.]]])
+        """
+        geometry = Geometry.depthwise(channels, kernel, stride, left, right)
+        share = 1 / (math.prod(kernel) if divisor is None else divisor)
+        weight = torch.full(geometry.weight_shape, share, dtype=torch.float64)
+        return ConvMap(geometry, weight, torch.zeros(channels))
+
+    @staticmethod
+    def select(channels: int, indices: Sequence[int], dims: int) -> ConvMap:
+        """The map whose output channel i is input channel ``indices[i]``: slices, shuffles and repeats of channels.
+
+        Raises:
+            UserError: An index is not one of the channels, or there is none.
+
+        Example:
+            >>> ConvMap.select(3, [2, 0], dims=1).apply(torch.tensor([[[1.0], [2.0], [3.0]]])).flatten()
+            tensor([3., 1.])
+        """
+        geometry = Geometry.pointwise(channels, len(indices), dims)
+        if not all(0 <= index < channels for index in indices):
+            raise UserError(f"the channels {list(indices)} are not all among 0 to {channels - 1}")
+        weight = torch.eye(channels)[list(indices)].reshape(geometry.weight_shape)
+        return ConvMap(geometry, weight, torch.zeros(len(indices)))
 
     @staticmethod
     @torch.no_grad()
@@ -511,9 +596,11 @@ class ConvMap:
         if module.weight is not None:
             scale = scale * module.weight.to(torch.float64)
         shift = -mean * scale
+        size = shift.abs()
         if module.bias is not None:
-            shift = shift + module.bias.to(torch.float64)
-        return ConvMap.scale(scale, shift, dims)
+            offset = module.bias.to(torch.float64)
+            shift, size = shift + offset, size + offset.abs()
+        return replace(ConvMap.scale(scale, shift, dims), bias_size=size)
 
     @torch.no_grad()
     def then(self, second: ConvMap) -> ConvMap:
@@ -523,12 +610,13 @@ class ConvMap:
             InexactError: Code ``inner-padding``, see :func:`inexact`.
             UserError: Channels or number of axes do not fit together.
         """
-        refusal = inexact(self, second)
-        if refusal is not None:
-            raise refusal
+        pad_value = _composed_pad_value(self, second)
+        if isinstance(pad_value, InexactError):
+            raise pad_value
         geometry = self.geometry.then(second.geometry)
         bias = second.bias + _respond(second, self.bias)
-        return ConvMap(geometry, _compose(self, second, geometry), bias, self.pad_value)
+        bias_size = second.bias_size + _respond(_absolute(second), self.bias_size)
+        return ConvMap(geometry, _compose(self, second, geometry), bias, pad_value, bias_size)
 
     @torch.no_grad()
     def apply(self, x: Tensor) -> Tensor:
@@ -613,8 +701,17 @@ def inexact(first: ConvMap, second: ConvMap) -> InexactError | None:
     second. Padding of the second map is exact where the first, evaluated beyond its output, would
     itself produce what the second pads with. There the first reads nothing but its own padding if
     L1 + s1 >= e1 on the left and R1 + 1 >= e1 on the right: it produces a constant, which has to be
-    the second's ``pad_value``, to the bit. A first map of kernel 1, of any stride, reads so unless
-    it crops; one that crops would bring back what it cropped.
+    the second's ``pad_value``. A first map of kernel 1, of any stride, reads so unless it crops; one
+    that crops would bring back what it cropped.
+
+    The two constants may differ by what rounding in float64 makes of one value that was computed in
+    two ways: by 1e-12 of the absolute values of the terms of their sums. So zeros are what is
+    produced by a batch norm from which its own response to zero was subtracted, though the
+    difference is not 0.
+
+    A first map that is not padded never reads its own padding value. One that keeps channels apart, such as a
+    batch norm, therefore gets the value of which it makes what the second pads with, as long as that is at
+    most 1e4, which half precision can hold.
 
     Returns:
         An error with code ``inner-padding``, not raised.
@@ -622,10 +719,16 @@ def inexact(first: ConvMap, second: ConvMap) -> InexactError | None:
     Raises:
         UserError: Channels or number of axes do not fit together.
     """
+    found = _composed_pad_value(first, second)
+    return found if isinstance(found, InexactError) else None
+
+
+def _composed_pad_value(first: ConvMap, second: ConvMap) -> Tensor | InexactError:
+    """What the composition pads with, or why it is not exact; see :func:`inexact`."""
     one, two = first.geometry, second.geometry
     one.then(two)
     if not two.is_padded:
-        return None
+        return first.pad_value
     for axis, extent in enumerate(one.extent):
         before = two.left[axis] > 0 and one.left[axis] + one.stride[axis] < extent
         after = two.right[axis] > 0 and one.right[axis] + 1 < extent
@@ -636,14 +739,21 @@ def inexact(first: ConvMap, second: ConvMap) -> InexactError | None:
                 "reading its input; move the padding to the entry (relax does) or keep the two "
                 "apart",
             )
-    if not torch.equal(_respond(first, first.pad_value) + first.bias, second.pad_value):
-        return InexactError(
-            "inner-padding",
-            f"{two!r} pads between the maps with a value that {one!r} before it does not produce "
-            "from its own padding, for example zeros behind a bias; move the padding to the entry "
-            "(relax does) or keep the two apart",
-        )
-    return None
+    beyond = _respond(first, first.pad_value) + first.bias
+    size = _respond(_absolute(first), first.pad_value.abs()) + first.bias_size + second.pad_value.abs()
+    same = _agree(beyond, second.pad_value, size)
+    if same.all():
+        return first.pad_value
+    if not one.is_padded and one.groups == one.in_channels == one.out_channels:
+        value = torch.where(same, first.pad_value, (second.pad_value - first.bias) / _sum_taps(first).flatten())
+        if (value.abs() <= _LARGEST_PAD).all():
+            return value
+    return InexactError(
+        "inner-padding",
+        f"{two!r} pads between the maps with a value that {one!r} before it does not produce "
+        "from its own padding, for example zeros behind a bias; move the padding to the entry "
+        "(relax does) or keep the two apart",
+    )
 
 
 @torch.no_grad()
@@ -659,7 +769,8 @@ def add_maps(maps: Sequence[ConvMap]) -> ConvMap:
     for branch in maps:
         weight += _place(branch, geometry)
     bias = torch.stack([branch.bias for branch in maps]).sum(0)
-    return ConvMap(geometry, weight, bias, _common_pad_value(maps))
+    bias_size = torch.stack([branch.bias_size for branch in maps]).sum(0)
+    return ConvMap(geometry, weight, bias, _common_pad_value(maps), bias_size)
 
 
 @torch.no_grad()
@@ -675,7 +786,8 @@ def concat_maps(maps: Sequence[ConvMap]) -> ConvMap:
     geometry = concat_geometries([branch.geometry for branch in maps])
     weight = torch.cat([_place(branch, geometry) for branch in maps])
     bias = torch.cat([branch.bias for branch in maps])
-    return ConvMap(geometry, weight, bias, _common_pad_value(maps))
+    bias_size = torch.cat([branch.bias_size for branch in maps])
+    return ConvMap(geometry, weight, bias, _common_pad_value(maps), bias_size)
 
 
 @torch.no_grad()
@@ -710,6 +822,16 @@ def _respond(conv: ConvMap, value: Tensor) -> Tensor:
     return (blocks @ value.reshape(groups, -1, 1)).flatten()
 
 
+def _absolute(conv: ConvMap) -> ConvMap:
+    """The map with the absolute values of its weights: it carries sizes of terms along."""
+    return replace(conv, weight=conv.weight.abs())
+
+
+def _agree(value: Tensor, other: Tensor, size: Tensor) -> Tensor:
+    """Where two values are one up to rounding, given the size of the terms that they are sums of."""
+    return (value - other).abs() <= _ROUNDING * size
+
+
 def _regroup(weight: Tensor, groups: int, fewer: int) -> Tensor:
     """The weight (out, in / groups, ...) with fewer groups, zero between the old ones."""
     if groups == fewer:
@@ -739,15 +861,16 @@ def _place(conv: ConvMap, joined: Geometry) -> Tensor:
 
 
 def _common_pad_value(maps: Sequence[ConvMap]) -> Tensor:
-    """The value that all padded branches pad with; the others never read theirs."""
+    """The value that all padded branches pad with, up to rounding; the others never read theirs."""
     padded = [branch for branch in maps if branch.geometry.is_padded] or list(maps[:1])
+    value = padded[0].pad_value
     for branch in padded[1:]:
-        if not torch.equal(branch.pad_value, padded[0].pad_value):
+        if not _agree(branch.pad_value, value, value.abs()).all():
             raise InexactError(
                 "pad-values",
                 f"{padded[0]!r} and {branch!r} join but pad with different values; one convolution pads with one",
             )
-    return padded[0].pad_value
+    return value
 
 
 def _compose(first: ConvMap, second: ConvMap, result: Geometry) -> Tensor:

@@ -29,6 +29,8 @@ class Limits:
         method: ``layermerge``, or a baseline of the paper: ``depth`` (no convolution goes), ``layer`` (nothing merges).
         max_span: the most convolutions that one merged segment may hold.
         max_kernel: the largest kernel, per axis, that several convolutions may merge into.
+        include: paths of submodules outside of which nothing changes; none for the whole network.
+        exclude: paths of submodules inside of which nothing changes.
         exit_activation: whether a merge whose exit has no activation may also get one (Kim et al. 2023 do so for
             MobileNetV2).
 
@@ -40,6 +42,8 @@ class Limits:
     max_span: int = 16
     max_kernel: int = 7
     exit_activation: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -48,6 +52,20 @@ class Limits:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+    def covers(self, path: str) -> bool:
+        """Whether the operation or module at ``path`` may be changed.
+
+        Example:
+            >>> limits = Limits(include=("backbone",), exclude=("backbone.stem",))
+            >>> limits.covers("backbone.layer1.0"), limits.covers("backbone.stem.conv"), limits.covers("backbones")
+            (True, False, False)
+        """
+
+        def inside(names: tuple[str, ...]) -> bool:
+            return any(path == name or path.startswith((f"{name}.", f"{name}/", f"{name}#")) for name in names)
+
+        return (not self.include or inside(self.include)) and not inside(self.exclude)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +79,11 @@ class Candidate:
         exit: the value it gives.
         kept: convolutions that merge into one.
         bypassed: convolutions that go.
-        removed: activations that go.
+        removed: activations that go, and norms over each sample.
         cuts: branches that go: join and position among its operands.
         geometry: of the convolution that is left, None where none is.
-        activation: ``torch.nn`` class of the activation inserted behind the merged convolution, None for none.
+        norm: which of the removed norms returns behind the merged convolution, None for none.
+        activation: ``torch.nn`` class of the activation inserted behind that, None for none.
     """
 
     kind: _Kind
@@ -75,6 +94,7 @@ class Candidate:
     removed: tuple[str, ...] = ()
     cuts: tuple[tuple[str, int], ...] = ()
     geometry: Geometry | None = None
+    norm: str | None = None
     activation: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -99,6 +119,7 @@ class Candidate:
                 removed=tuple(data["removed"]),
                 cuts=tuple((join, position) for join, position in data["cuts"]),
                 geometry=None if data["geometry"] is None else Geometry.from_json(data["geometry"]),
+                norm=data["norm"],
                 activation=data["activation"],
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -110,7 +131,8 @@ class Candidate:
         if self.kind == "bypass":
             return f"bypass {', '.join(self.bypassed)}"
         gone = f", {len(self.bypassed)} removed" if self.bypassed else ""
-        return f"merge {' + '.join(self.kept)} into {self.geometry}{gone}"
+        norm = f", {self.norm} behind it" if self.norm else ""
+        return f"merge {' + '.join(self.kept)} into {self.geometry}{gone}{norm}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import time
@@ -400,8 +401,8 @@ def compress(
         fit: "compose": merged weights are composed, batch-norm statistics re-estimated where there is calibration data.
         method: "layermerge", or the paper's baselines "depth" (no convolution goes) and "layer" (nothing merges).
         levels: use the paper's Algorithm 1 with that many latency levels instead of the exact frontier.
-        options: those of :func:`frontier`: batch, max_span, max_kernel, exit_activation, max_points, memory, store,
-            measure_seconds.
+        options: those of :func:`frontier`: include, exclude, batch, max_span, max_kernel, exit_activation, max_points, memory,
+            store, measure_seconds.
 
     Returns:
         The trainable model with ``merge()``, ``plan``, ``report`` and ``save()``.
@@ -453,6 +454,8 @@ def frontier(
     importance: str | Estimator = "auto",
     fit: str = "auto",
     method: str = "layermerge",
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     batch: int | None = None,
     max_span: int = 16,
     max_kernel: int = 7,
@@ -475,6 +478,8 @@ def frontier(
         importance: see :func:`compress`.
         fit: see :func:`compress`.
         method: see :func:`compress`.
+        include: paths of submodules, such as "backbone": nothing outside of them changes; none means the whole network.
+        exclude: paths of submodules, such as "head": nothing inside of them changes.
         batch: images per run to time; default that of ``example_input``.
         max_span: the most convolutions one merged segment may hold.
         max_kernel: the largest kernel that several convolutions may merge into.
@@ -489,7 +494,14 @@ def frontier(
     """
     seconds: dict[str, float] = {}
     chosen = get_runtime(runtime)
-    limits = Limits(method, max_span, max_kernel, exit_activation)
+    limits = Limits(
+        method,
+        max_span,
+        max_kernel,
+        exit_activation,
+        _submodules(model, "include", include),
+        _submodules(model, "exclude", exclude),
+    )
     if fit not in _FITS:
         raise UserError(f"unknown fit {fit!r}; the known ones are {', '.join(_FITS)}")
     get_estimator(importance, None if calibration is None else Calibration((), (), 0, False))
@@ -512,6 +524,21 @@ def frontier(
     finally:
         if kept is not None:
             kept.close()
+
+
+def _submodules(model: nn.Module, option: str, names: str | Iterable[str]) -> tuple[str, ...]:
+    """Paths of submodules as a tuple; one that the model does not have is refused."""
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)} if isinstance(model, nn.Module) else set()
+    for name in listed:
+        if name not in known or not name:
+            close = difflib.get_close_matches(str(name), known - {""}, n=3, cutoff=0.4)
+            hint = f"; close to it are {', '.join(map(repr, close))}" if close else ""
+            raise UserError(
+                f"{option} names {name!r}, which is no submodule of {type(model).__name__}{hint}. "
+                "Pass paths as model.named_modules() lists them."
+            )
+    return listed
 
 
 def _set_up(

@@ -6,6 +6,7 @@ calibration inputs, no labels needed.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +23,7 @@ from .candidates import Candidate
 from .errors import UserError
 from .evaluate import evaluate, recorder
 from .graph import CONVOLUTIONS, META, by_id, clone, is_convolution, is_tensor, module_of, node_id, shape_of
-from .linear import conv_geometry
+from .linear import NORMS, conv_geometry, is_constant
 from .regions import JOINS
 
 __all__ = ["Distortion", "Estimator", "Magnitude", "apply_candidates", "changed_nodes", "distance", "get_estimator"]
@@ -58,7 +59,8 @@ class Magnitude:
     replaces it: for an activation f it is Cov(x, f(x))^2 / Var f(x) (0.73 for ReLU), by the trapezoidal rule; for a
     convolution the mean over output channels of w^2 / |W|^2, w being the tap that the identity has. Along a chain
     squared correlations multiply, so losses add as -log r^2: 0.31 for a ReLU, several nats for a convolution; r^2 is
-    taken to be at least 1e-6. A convolution that goes takes one activation along at no further loss, the cheapest: the
+    taken to be at least 1e-6. A norm over each sample that goes, or moves, costs nothing: for one sample it is affine. A
+    convolution that goes takes one activation along at no further loss, the cheapest: the
     identity in its place would leave two activations in a row, or one where none was. The measure is fxmerge's own;
     LayerMerge uses weight norms only to choose which convolutions of a segment stay (section 4.3), as fxmerge does too.
     """
@@ -72,31 +74,64 @@ class Magnitude:
 
         def loss(name: str) -> float:
             if name not in losses:
-                module = module_of(gm, nodes[name])
-                assert module is not None  # noqa: S101 - only modules are removed
-                losses[name] = -math.log(max(1.0 - _unexplained(module), _LEAST_EXPLAINED))
+                losses[name] = -math.log(max(1.0 - _unexplained(gm, nodes[name]), _LEAST_EXPLAINED))
             return losses[name]
 
         def score(candidate: Candidate) -> float:
-            activations = sorted(map(loss, candidate.removed))
+            activations = sorted(loss(name) for name in candidate.removed if not _is_norm(gm, nodes[name]))
             return sum(map(loss, candidate.bypassed)) + sum(activations[len(candidate.bypassed) :])
 
         return score
 
 
-def _unexplained(module: nn.Module) -> float:
-    return _unexplained_of_conv(module) if isinstance(module, CONVOLUTIONS) else _unexplained_of_activation(module)
+def _is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return isinstance(module_of(gm, node), NORMS)
 
 
-def _unexplained_of_activation(module: nn.Module) -> float:
+def _unexplained(gm: fx.GraphModule, node: fx.Node) -> float:
+    module = module_of(gm, node)
+    if isinstance(module, CONVOLUTIONS):
+        return _unexplained_of_conv(module)
+    if module is not None:
+        channels = next((parameter.numel() for parameter in module.parameters()), 1)
+        return _unexplained_of_activation(_in_eval(module), channels)
+    entry, (_, channels, *size) = _entry_of_registered(node), shape_of(node)
+
+    def registered(x: Tensor) -> Tensor:
+        value = x.reshape(*x.shape, *[1] * len(size))
+        found: Tensor = evaluate(gm, node, {entry: value}, _in_eval)
+        return found.reshape(x.shape)
+
+    return _unexplained_of_activation(registered, channels)
+
+
+def _in_eval(thing: Any) -> Any:
+    """A copy on the CPU: a module in eval mode and float64, a tensor in float64."""
+    if isinstance(thing, nn.Module):
+        return copy.deepcopy(thing).double().cpu().eval()
+    return thing.detach().cpu().double()
+
+
+def _entry_of_registered(exit_: fx.Node) -> fx.Node:
+    """The value that the operations of a registered removable module work on, from the last of them."""
+    tag, pending, seen = exit_.meta[META]["removable"], [exit_], {exit_}
+    while True:
+        node = pending.pop()
+        for source in node.all_input_nodes:
+            if is_tensor(source) and not is_constant(source) and source.meta[META].get("removable") != tag:
+                return source
+            if source not in seen:
+                seen.add(source)
+                pending.append(source)
+
+
+def _unexplained_of_activation(activation: Callable[[Tensor], Tensor], channels: int) -> float:
     """The share by quadrature; the mean over channels where each has parameters of its own."""
     points = np.linspace(-8.0, 8.0, 4001)  # even ones: a Gauss rule errs by percents where the activation has a kink
     weights = np.exp(-(points**2) / 2)
     weights /= weights.sum()
-    parameter = next(module.parameters(), torch.empty(1, dtype=torch.float64))
     with torch.no_grad():
-        x = torch.tensor(points).to(parameter).reshape(-1, 1).expand(-1, parameter.numel())
-        y = module(x).double().cpu().numpy()
+        y = activation(torch.tensor(points).reshape(-1, 1).expand(-1, channels)).numpy()
     variance = weights @ (y - weights @ y) ** 2
     covariance = (weights * points) @ y
     explained = np.divide(covariance**2, variance, out=np.zeros_like(variance), where=variance > 0)

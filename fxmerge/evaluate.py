@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from .calibration import Batch
-from .graph import module_of
+from .graph import attribute, module_of
 
 __all__ = ["evaluate", "recorder"]
 
@@ -20,7 +20,7 @@ def evaluate(
     gm: fx.GraphModule,
     wanted: fx.Node,
     known: Mapping[fx.Node, Any],
-    adapt: Callable[[nn.Module], Callable[..., Any]] | None = None,
+    adapt: Callable[[Any], Any] | None = None,
 ) -> Any:
     """The value of one node from those that are known, computing only what lies between.
 
@@ -29,11 +29,12 @@ def evaluate(
         wanted: a node; for the output node the value is what the graph returns, before it is put into the model's own
             containers.
         known: values of nodes that everything ``wanted`` depends on goes through.
-        adapt: what to call in place of a module, default the module itself.
+        adapt: what to take in place of a module, a parameter or a buffer, default itself.
 
     Raises:
         KeyError: an input of the graph that ``wanted`` depends on is not known.
     """
+    same = adapt or (lambda thing: thing)
     values = dict(known)
     needed = _needed(wanted, values)
     readers = {node: sum(reader in needed for reader in node.users) for node in needed}
@@ -44,11 +45,9 @@ def evaluate(
         if node.op == "output":
             values[node] = args[0]
         elif node.op == "get_attr":
-            values[node] = _attribute(gm, str(node.target))
+            values[node] = same(attribute(gm, str(node.target)))
         elif node.op == "call_module":
-            module = module_of(gm, node)
-            assert module is not None  # noqa: S101 - the node calls one
-            values[node] = (module if adapt is None else adapt(module))(*args, **kwargs)
+            values[node] = same(module_of(gm, node))(*args, **kwargs)
         elif node.op == "call_function":
             values[node] = node.target(*args, **kwargs)
         else:
@@ -71,11 +70,6 @@ def _needed(wanted: fx.Node, known: Mapping[fx.Node, Any]) -> set[fx.Node]:
                 needed.add(source)
                 pending.append(source)
     return needed
-
-
-def _attribute(gm: fx.GraphModule, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(gm.get_submodule(owner), name)
 
 
 def recorder(

@@ -5,24 +5,34 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .algebra import Conv, ConvMap, Geometry, add_geometries, add_maps, as_torch_pad, concat_geometries, concat_maps
+from .algebra import (
+    Conv,
+    ConvMap,
+    Geometry,
+    add_geometries,
+    add_maps,
+    as_torch_pad,
+    concat_geometries,
+    concat_maps,
+    constant_response,
+)
 from .candidates import Refusal
 from .errors import InexactError
 from .graph import CONVOLUTIONS, device_of, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
-from .linear import Barrier, Linear, Removable, conv_geometry, linear_map, meaning
+from .linear import Barrier, Linear, Removable, Side, conv_geometry, linear_map, meaning, source_of
 from .regions import JOINS, Mesh, Region, Series, all_series, operations, region_tree
 from .surgery import join_operands
 
-__all__ = ["Run", "compose", "compose_geometry", "convolve", "exact_runs"]
+__all__ = ["Composed", "Run", "compose", "compose_geometry", "convolve", "exact_runs"]
 
-_Map = TypeVar("_Map", ConvMap, Geometry)
+_Map = TypeVar("_Map", "Composed", Geometry)
 
 _TOLD = ("shared", "padding-mode", "batch-statistics", "in-place")
 """Reasons that keep a convolution or batch norm from folding and that a user may be able to remove."""
@@ -59,9 +69,53 @@ class Run:
         return len(self.nodes) - (1 if held else 2)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Composed:
+    """What a segment computes: one map of its entry, and of tensors that are constant over space one matrix each.
+
+    Attributes:
+        conv_map: of the entry.
+        sides: value of shape (N or 1, channels, 1, ...) -> (out_channels, channels), float64: what is added to every
+            position.
+    """
+
+    conv_map: ConvMap
+    sides: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+
+    def then(self, second: Composed) -> Composed:
+        """This followed by another, as :meth:`fxmerge.algebra.ConvMap.then`; sides pass through the second's taps."""
+        carried: dict[fx.Node, Tensor] = {}
+        if self.sides:
+            response = constant_response(second.conv_map)
+            carried = {value: response @ matrix for value, matrix in self.sides.items()}
+        return Composed(self.conv_map.then(second.conv_map), _sum_of_sides([carried, second.sides]))
+
+
+def _sum_of_sides(sides: Iterable[Mapping[fx.Node, Tensor]]) -> dict[fx.Node, Tensor]:
+    total: dict[fx.Node, Tensor] = {}
+    for each in sides:
+        for value, matrix in each.items():
+            total[value] = total[value] + matrix if value in total else matrix
+    return total
+
+
+def _add(composed: list[Composed]) -> Composed:
+    return Composed(add_maps([each.conv_map for each in composed]), _sum_of_sides(each.sides for each in composed))
+
+
+def _stack(composed: list[Composed]) -> Composed:
+    total = sum(each.conv_map.geometry.out_channels for each in composed)
+    start, sides = 0, []
+    for each in composed:
+        stop = start + each.conv_map.geometry.out_channels
+        sides.append({value: F.pad(matrix, (0, 0, start, total - stop)) for value, matrix in each.sides.items()})
+        start = stop
+    return Composed(concat_maps([each.conv_map for each in composed]), _sum_of_sides(sides))
+
+
 def compose(
     gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, inside: Iterable[fx.Node], shared: frozenset[str]
-) -> ConvMap:
+) -> Composed:
     """The one map from ``entry`` to ``exit_`` that the operations ``inside`` are, in eval mode.
 
     ``shared`` are the paths of :func:`fxmerge.graph.shared_targets`.
@@ -70,13 +124,18 @@ def compose(
         InexactError: they are not one; ``code`` says why, and the message names the operation.
     """
     device = device_of(gm)
-    start = ConvMap.identity(shape_of(entry)[1], len(shape_of(entry)) - 2, device=device)
+    start = Composed(ConvMap.identity(shape_of(entry)[1], len(shape_of(entry)) - 2, device=device))
 
-    def map_of(node: fx.Node) -> ConvMap:
-        _geometry_of(gm, node, shared)  # raises where it has none
-        return _map_on(device, gm, node)
+    def map_of(node: fx.Node) -> Composed:
+        geometry = _geometry_of(gm, node, shared)  # raises where it has none
+        what = meaning(gm, node, shared)
+        if isinstance(what, Side):
+            identity = ConvMap.identity(geometry.in_channels, geometry.dims, device=device)
+            sign = -1.0 if node.target is torch.ops.aten.sub.Tensor else 1.0
+            return Composed(identity, {what.value: sign * torch.eye(geometry.in_channels).to(identity.weight)})
+        return Composed(_map_on(device, gm, node))
 
-    return _walk({entry: start}, exit_, inside, map_of, add_maps, concat_maps)
+    return _walk({entry: start}, exit_, inside, map_of, _add, _stack)
 
 
 def compose_geometry(
@@ -103,13 +162,16 @@ def _walk(
     """Carry maps, or geometries, from the one value in ``values`` through the operations ``inside``."""
     (entry,) = values
     for node in sorted(inside):
-        if node.target in JOINS:
+        kind = JOINS.get(node.target)  # type: ignore[call-overload]
+        if kind == "concat" or (kind and sum(operand in values for operand in join_operands(node)) > 1):
             joined = _joined(node, values)
-            values[node] = (stack if JOINS[node.target] == "concat" else add)(joined)
-        else:
-            found = leaf(node)
-            source = node.all_input_nodes[0]
-            values[node] = found if source is entry else values[source].then(found)
+            values[node] = (stack if kind == "concat" else add)(joined)
+            continue
+        found = leaf(node)
+        sources = [source for source in node.all_input_nodes if source in values]
+        if len(sources) != 1 or sources[0] is not source_of(node):
+            raise InexactError("not-linear", f"{node_id(node)!r} cannot fold: it works on a value of another place")
+        values[node] = found if sources[0] is entry else values[sources[0]].then(found)
     return values[exit_]
 
 
@@ -118,7 +180,7 @@ def _joined(node: fx.Node, values: Mapping[fx.Node, _Map]) -> list[_Map]:
     operands = join_operands(node)
     found = [values[operand] for operand in operands if operand in values]
     plain = list(node.args[1:]) == [1] if kind == "concat" else kind in ("add", "sub") and len(operands) == 2
-    strides = {each.stride if isinstance(each, Geometry) else each.geometry.stride for each in found}
+    strides = {each.stride if isinstance(each, Geometry) else each.conv_map.geometry.stride for each in found}
     if not plain or node.kwargs or len(found) < len(operands) or len(strides) > 1:
         raise InexactError("not-linear", f"{node_id(node)!r} cannot fold: it is no plain sum or stack of linear maps")
     return [found[0], _negated(found[1])] if kind == "sub" else found
@@ -127,17 +189,19 @@ def _joined(node: fx.Node, values: Mapping[fx.Node, _Map]) -> list[_Map]:
 def _negated(found: _Map) -> _Map:
     if isinstance(found, Geometry):
         return found
-    minus = -torch.ones_like(found.bias)
-    return found.then(ConvMap.scale(minus, torch.zeros_like(minus), found.geometry.dims))
+    minus = -torch.ones_like(found.conv_map.bias)
+    return found.then(Composed(ConvMap.scale(minus, torch.zeros_like(minus), found.conv_map.geometry.dims)))
 
 
 def _geometry_of(gm: fx.GraphModule, node: fx.Node, shared: frozenset[str]) -> Geometry:
     what = meaning(gm, node, shared)
     if isinstance(what, Linear):
         return what.geometry
-    if isinstance(what, Removable) and what.free:
+    if isinstance(what, Side) or (isinstance(what, Removable) and what.free):
         return Geometry.identity(shape_of(node)[1], len(shape_of(node)) - 2)
-    code, reason = (what.code, what.reason) if isinstance(what, Barrier) else ("not-linear", "it is an activation")
+    code, reason = (
+        (what.code, what.reason) if isinstance(what, Barrier) else ("not-linear", "it is an activation or norm")
+    )
     raise InexactError(code, f"{node_id(node)!r} cannot fold: {reason}")
 
 
@@ -211,7 +275,7 @@ class _Search:
                 total = first if stop == start + 1 else self._then(total, steps[stop - 1])
                 if total is None:
                     break
-                if total.cost and total.saved > 0 and self._pays(total):
+                if total.cost and total.saved > 0 and _stands_alone(total) and self._pays(total):
                     yield start, stop, total
 
     def _step(self, entry: fx.Node | None, region: Region) -> Run | None:
@@ -222,12 +286,14 @@ class _Search:
         if not all(self._linear(node) for node in nodes):
             return None
         try:
-            conv_map = compose(self.gm, entry, region.exit, nodes, self.shared)
+            composed = compose(self.gm, entry, region.exit, nodes, self.shared)
         except InexactError as error:
             if error.code != "not-linear":
                 self._refuse(error.code, nodes, str(error))
             return None
-        return Run(entry, region.exit, nodes, conv_map, sum(self._cost(node) for node in nodes))
+        if composed.sides:
+            return None
+        return Run(entry, region.exit, nodes, composed.conv_map, sum(self._cost(node) for node in nodes))
 
     def _linear(self, node: fx.Node) -> bool:
         if node.target in JOINS:
@@ -237,7 +303,7 @@ class _Search:
         what = meaning(self.gm, node, self.shared)
         if isinstance(what, Barrier) and what.code in _TOLD:
             self._refuse(what.code, (node,), f"{node_id(node)!r} cannot fold: {what.reason}")
-        return not isinstance(what, Barrier) and not (isinstance(what, Removable) and not what.free)
+        return isinstance(what, Linear) or (isinstance(what, Removable) and what.free)
 
     def _cost(self, node: fx.Node) -> int:
         module = module_of(self.gm, node)
@@ -271,6 +337,12 @@ class _Search:
         first = next((node for node in nodes if is_convolution(self.gm, node)), nodes[0])
         refusal = Refusal(code, node_id(first), node_id(nodes[-1]), reason)
         self.refusals.setdefault((first, nodes[-1]), refusal)
+
+
+def _stands_alone(run: Run) -> bool:
+    """Whether nobody else reads a value inside, and a convolution can hold what it is padded with."""
+    closed = all(reader in run.nodes for node in run.nodes if node is not run.exit for reader in node.users)
+    return closed and not (run.conv_map.geometry.is_padded and bool(run.conv_map.pad_value.any()))
 
 
 def _cheapest(runs: Iterable[tuple[int, int, Run]], length: int) -> list[tuple[int, int, Run]]:

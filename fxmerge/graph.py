@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.node import Argument, Target
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import PlanError
 
@@ -26,6 +28,7 @@ __all__ = [
     "CONVOLUTIONS",
     "META",
     "CanonicalGraph",
+    "attribute",
     "between",
     "by_id",
     "clone",
@@ -82,6 +85,11 @@ def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def attribute(gm: fx.GraphModule, path: str) -> Any:
+    """The parameter, buffer or other attribute that a ``get_attr`` node of this target reads."""
+    return operator.attrgetter(path)(gm)
+
+
 def is_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node calls one of torch.nn's convolutions (transposed ones are not)."""
     return isinstance(module_of(gm, node), CONVOLUTIONS)
@@ -122,7 +130,8 @@ def _is_number(node: fx.Node) -> bool:
 def shared_targets(gm: fx.GraphModule) -> frozenset[str]:
     """Paths of the modules that no rewrite may change alone.
 
-    They are called more than once, or hold a Parameter that another module holds or an operation reads.
+    They are called more than once, or hold a Parameter that another module holds or an operation reads. A batch norm
+    may be read: what is computed from it stays true whether it goes or stays.
     """
     calls = Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_module")
     holders: dict[int, list[str]] = {}
@@ -130,7 +139,9 @@ def shared_targets(gm: fx.GraphModule) -> frozenset[str]:
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(path)
     aliased = {path for paths in holders.values() if len(paths) > 1 for path in paths}
-    direct = {str(node.target).rpartition(".")[0] for node in gm.graph.nodes if node.op == "get_attr"}
+    read = {str(node.target).rpartition(".")[0] for node in gm.graph.nodes if node.op == "get_attr"}
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    direct = {path for path in read if not isinstance(modules.get(path), _BatchNorm)}
     return frozenset({target for target, count in calls.items() if count > 1} | aliased | direct)
 
 
@@ -197,7 +208,7 @@ class _ShapeRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            kept = {key: n.meta[META][key] for key in ("id", "opaque") if key in n.meta.get(META, {})}
+            kept = {key: n.meta[META][key] for key in ("id", "opaque", "removable") if key in n.meta.get(META, {})}
             n.meta[META] = {**kept, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         return value
 
@@ -210,13 +221,27 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def sweep(gm: fx.GraphModule) -> None:
-    """Remove what nothing reads any more, with the modules only it used; then lint and recompile."""
+    """Remove what nothing reads any more, with the modules and tensors only it used; then lint and recompile."""
+    read: set[str] = set()
     for node in reversed(gm.graph.nodes):
         if not node.users and node.op in ("call_module", "call_function", "get_attr") and not _has_effect(node):
             gm.graph.erase_node(node)
+            if node.op == "get_attr":
+                read.add(str(node.target))
     gm.delete_all_unused_submodules()
+    for path in read - {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}:
+        _delete_tensor(gm, path)
     gm.graph.lint()
     gm.recompile()
+
+
+def _delete_tensor(gm: fx.GraphModule, path: str) -> None:
+    """Delete a parameter or buffer that was read by itself, unless a module that is called holds it."""
+    owner, _, name = path.rpartition(".")
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    if owner in modules and owner not in called and hasattr(modules[owner], name):
+        delattr(modules[owner], name)
 
 
 def _has_effect(node: fx.Node) -> bool:

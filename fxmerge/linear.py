@@ -5,29 +5,38 @@ This is the one place that knows what an operation means to a merge.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .algebra import ConvMap, Geometry
-from .graph import CONVOLUTIONS, META, is_tensor, module_of, shape_of
+from .graph import CONVOLUTIONS, META, attribute, is_tensor, module_of, node_id, shape_of
 
 __all__ = [
     "FREE",
     "IDEMPOTENT",
+    "NORMS",
     "REMOVABLE",
     "Barrier",
     "Linear",
     "Meaning",
+    "Norm",
     "Removable",
+    "Side",
     "activation_after",
     "conv_geometry",
+    "is_batch_norm",
+    "is_constant",
+    "is_filter",
     "linear_map",
     "meaning",
     "pad_sides",
     "shape_after",
+    "source_of",
 ]
 
 _aten = torch.ops.aten
@@ -43,10 +52,16 @@ REMOVABLE: tuple[type[nn.Module], ...] = (
     nn.Tanh,
     nn.GELU,
     nn.LeakyReLU,
+    nn.RReLU,
     nn.ELU,
     nn.CELU,
     nn.SELU,
     nn.Softplus,
+    nn.Softsign,
+    nn.Softshrink,
+    nn.Hardshrink,
+    nn.Tanhshrink,
+    nn.Threshold,
     nn.Hardtanh,
     nn.LogSigmoid,
     nn.PReLU,
@@ -56,12 +71,18 @@ REMOVABLE: tuple[type[nn.Module], ...] = (
 FREE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
 """Modules that are the identity once the network is deployed."""
 
-IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardshrink)
 """Activations that change nothing when applied twice."""
 
+NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+"""Norms that compute statistics of every sample: a merge moves them behind its convolution."""
+
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_SHAPE_KEEPING = (*REMOVABLE, *FREE, *_BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
+_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_SHAPE_KEEPING = (*REMOVABLE, *FREE, *_BATCH_NORMS, *NORMS, nn.LayerNorm)
 _PADS = (_aten.pad.default, _aten.constant_pad_nd.default, torch.nn.functional.pad)
+_COPIES = (_aten.contiguous.default, _aten.clone.default, _aten.alias.default, _aten.detach.default)
+_FILTERS = (_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +100,20 @@ class Removable:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm over each sample, of so many channels: it may leave a segment and return behind it."""
+
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The addition of a tensor that is constant over space, such as the embedding of a time step."""
+
+    value: fx.Node
+
+
+@dataclass(frozen=True, slots=True)
 class Barrier:
     """An operation that no merge may pass, with a reason code and the reason in words."""
 
@@ -86,7 +121,7 @@ class Barrier:
     reason: str
 
 
-Meaning: TypeAlias = "Linear | Removable | Barrier"
+Meaning: TypeAlias = "Linear | Removable | Norm | Side | Barrier"
 
 
 def meaning(gm: fx.GraphModule, node: fx.Node, shared: frozenset[str]) -> Meaning:
@@ -112,13 +147,59 @@ def meaning(gm: fx.GraphModule, node: fx.Node, shared: frozenset[str]) -> Meanin
         )
     if isinstance(module, CONVOLUTIONS):
         return _convolution(module, node)
+    if len(shape_of(node)) < 3:
+        return Barrier("not-spatial", f"{type(module).__name__} works on a value without spatial axes")
     if isinstance(module, _BATCH_NORMS):
         if module.running_mean is None:
             return Barrier("batch-statistics", f"batch norm {node.target!r} keeps no running statistics")
-        if len(shape_of(node)) < 3:
-            return Barrier("not-spatial", f"batch norm {node.target!r} works on a value without spatial axes")
-        return Linear(Geometry.identity(shape_of(node)[1], len(shape_of(node)) - 2))
+        return Linear(_identity(node))
+    if isinstance(module, NORMS):
+        if getattr(module, "running_mean", None) is not None:
+            return Barrier("not-linear", f"{type(module).__name__} {node.target!r} with running statistics")
+        return Norm(shape_of(node)[1])
+    if isinstance(module, _AVERAGE_POOLS):
+        return _average_pool(module, node)
+    if isinstance(module, nn.ChannelShuffle):
+        return Linear(Geometry.pointwise(shape_of(node)[1], shape_of(node)[1], len(shape_of(node)) - 2))
     return Barrier("not-linear", f"{type(module).__name__} is no affine shift-equivariant map")
+
+
+def _identity(node: fx.Node) -> Geometry:
+    return Geometry.identity(shape_of(node)[1], len(shape_of(node)) - 2)
+
+
+def is_batch_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node calls one of torch.nn's batch norms."""
+    return isinstance(module_of(gm, node), _BATCH_NORMS)
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The one value that a linear, removable or side-adding operation works on, constants and side inputs aside."""
+    operands = [each for each in node.all_input_nodes if not is_constant(each)] or node.all_input_nodes
+    if len(operands) == 1:
+        return operands[0]
+    same = [each for each in operands if is_tensor(each) and shape_of(each) == shape_of(node)]
+    return max(same or operands, key=lambda each: math.prod(shape_of(each)[2:]) if is_tensor(each) else 0)
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a value depends on no input of the network: a parameter, a buffer, or what little is made of them."""
+    pending, seen = [node], {node}
+    while pending:
+        each = pending.pop()
+        if each.op not in ("get_attr", "call_function") or len(seen) > _LARGEST_CONSTANT:
+            return False
+        fresh = set(each.all_input_nodes) - seen
+        seen |= fresh
+        pending.extend(fresh)
+    return True
+
+
+_LARGEST_CONSTANT = 64
+"""Operations that a constant may be made of; no network needs more, and the search stays short."""
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
 
 
 def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, node: fx.Node) -> Meaning:
@@ -136,13 +217,7 @@ def conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry:
         >>> conv_geometry(nn.Conv2d(3, 8, 4, padding="same")).right
         (2, 2)
     """
-    dims = len(module.kernel_size)
-    if module.padding == "same":
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        left = tuple(t // 2 for t in total)
-        right = tuple(t - t // 2 for t in total)
-    else:
-        left = right = (0,) * dims if isinstance(module.padding, str) else tuple(module.padding)
+    left, right = _same_sides(module.padding, module.kernel_size, module.dilation)
     return Geometry(
         module.in_channels,
         module.out_channels,
@@ -155,13 +230,52 @@ def conv_geometry(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Geometry:
     )
 
 
+def _same_sides(padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Padding before and after each axis: of numbers, 'valid', or 'same' (the odd one after, as torch does)."""
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+    sides = (0,) * len(kernel) if isinstance(padding, str) else tuple(padding)
+    return sides, sides
+
+
+def _average_pool(module: nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d, node: fx.Node) -> Meaning:
+    geometry = _pool_geometry(module, shape_of(node)[1], len(shape_of(node)) - 2)
+    if geometry.is_padded and not module.count_include_pad:
+        return Barrier("not-linear", "it averages fewer values at the border (count_include_pad=False)")
+    if geometry.out_size(shape_of(source_of(node))[2:]) != shape_of(node)[2:]:
+        return Barrier("not-linear", "its last windows hang over the border (ceil_mode)")
+    return Linear(geometry)
+
+
+def _pool_geometry(module: nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d, channels: int, dims: int) -> Geometry:
+    kernel, stride, padding = (_spread(each, dims) for each in (module.kernel_size, module.stride, module.padding))
+    return Geometry.depthwise(channels, kernel, stride, padding, padding)
+
+
+def _spread(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
 def _function(node: fx.Node) -> Meaning:
-    sides = pad_sides(node)
-    if sides is not None:
-        left, right = sides
-        return Linear(Geometry.identity(shape_of(node)[1], len(left)).padded(left, right))
+    if is_tensor(node) and len(shape_of(node)) >= 3:
+        for recognise in (_padding, _affine, _selection, _filter):
+            found = recognise(node)
+            if found is not None:
+                return found
+        if node.target in _COPIES or (node.target is _aten.slice.Tensor and _keeps_all(node)):
+            return Removable(free=True)
     name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
     return Barrier("not-linear", f"{name} is no affine shift-equivariant map of one value")
+
+
+def _padding(node: fx.Node) -> Meaning | None:
+    sides = pad_sides(node)
+    return None if sides is None else Linear(_identity(node).padded(*sides))
 
 
 def pad_sides(node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -179,18 +293,183 @@ def pad_sides(node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     return tuple(reversed(sides[0::2])), tuple(reversed(sides[1::2]))
 
 
+_Numbers: TypeAlias = "tuple[Tensor | float, Tensor | float]"
+_AFFINE: dict[Any, tuple[Callable[[Any], _Numbers], Callable[[Any], _Numbers] | None]] = {
+    _aten.mul.Tensor: (lambda c: (c, 0.0), lambda c: (c, 0.0)),
+    _aten.div.Tensor: (lambda c: (1 / c, 0.0), None),
+    _aten.add.Tensor: (lambda c: (1.0, c), lambda c: (1.0, c)),
+    _aten.sub.Tensor: (lambda c: (1.0, -c), lambda c: (-1.0, c)),
+    _aten.rsub.Scalar: (lambda c: (-1.0, c), None),
+}
+"""Arithmetic with a constant c as (scale, shift): where c is the second operand, and where it is the first."""
+
+
+def _affine(node: fx.Node) -> Meaning | None:
+    """Arithmetic with one number for each channel, or with a tensor that is constant over space."""
+    if node.target is _aten.neg.default:
+        return Linear(_identity(node))
+    if node.target not in _AFFINE or node.kwargs or len(node.args) != 2:
+        return None
+    second = _AFFINE[node.target][1]
+    value = source_of(node)
+    if (
+        not is_tensor(value)
+        or shape_of(value) != shape_of(node)
+        or value.meta[META]["dtype"] != node.meta[META]["dtype"]
+    ):
+        return None
+    other = node.args[1] if node.args[0] is value else node.args[0]
+    if node.args[0] is not value and second is None:
+        return None
+    if isinstance(other, (int, float)):
+        return Linear(_identity(node))
+    if not isinstance(other, fx.Node) or other is value or not is_tensor(other):
+        return None
+    if is_constant(other):
+        per_channel = _per_channel(shape_of(other), shape_of(node))
+        reason = f"{node_id(node)} works with a constant that varies over space"
+        return Linear(_identity(node)) if per_channel else Barrier("not-linear", reason)
+    shape = shape_of(other)
+    flat = len(shape) == len(shape_of(node)) and shape[1] == shape_of(node)[1] and math.prod(shape[2:]) == 1
+    adds = node.target is _aten.add.Tensor or (node.target is _aten.sub.Tensor and node.args[0] is value)
+    spatial = math.prod(shape_of(node)[2:]) > 1
+    return Side(other) if flat and adds and spatial else None
+
+
+def _per_channel(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether a tensor broadcasts to ``whole`` with one number for each channel, or one in all."""
+    aligned = (1,) * (len(whole) - len(shape)) + shape
+    return all(size == 1 or (axis == 1 and size == whole[1]) for axis, size in enumerate(aligned))
+
+
+def _selection(node: fx.Node) -> Meaning | None:
+    """A slice of consecutive channels."""
+    chosen = _slice_of_channels(node)
+    if chosen is None:
+        return None
+    return Linear(Geometry.pointwise(shape_of(source_of(node))[1], len(chosen), len(shape_of(node)) - 2))
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    return shape_of(source_of(node)) == shape_of(node)
+
+
+def _slice_of_channels(node: fx.Node) -> range | None:
+    if node.target is not _aten.slice.Tensor or node.kwargs or node.args[1:2] != (1,):
+        return None
+    bounds = node.args[2:]
+    channels = shape_of(source_of(node))[1]
+    if not all(isinstance(bound, int) or bound is None for bound in bounds):
+        return None
+    return range(channels)[slice(*(*bounds, None, None)[:3])]  # type: ignore[arg-type]
+
+
+def _filter(node: fx.Node) -> Meaning | None:
+    """A convolution whose weight is no module's: a buffer, such as the filter of a blur."""
+    geometry = _filter_geometry(node)
+    if geometry is None:
+        return None
+    weights = [each for each in node.args[1:3] if isinstance(each, fx.Node)]
+    if not all(map(is_constant, weights)):
+        return Barrier("computed-weight", "its weight is computed from the input")
+    return Linear(geometry)
+
+
+def is_filter(node: fx.Node) -> bool:
+    """Whether the node is a convolution that is no module."""
+    return node.target in _FILTERS
+
+
+def _filter_geometry(node: fx.Node) -> Geometry | None:
+    if node.target not in _FILTERS or node.kwargs or not isinstance(node.args[1], fx.Node):
+        return None
+    weight = shape_of(node.args[1])
+    dims = len(weight) - 2
+    given = (*node.args[3:], *_FILTER_DEFAULTS[len(node.args) - 3 :]) if len(node.args) >= 3 else _FILTER_DEFAULTS
+    stride, padding, dilation, groups = given
+    sides = _spread(padding, dims)
+    return Geometry(
+        weight[1] * groups,
+        weight[0],
+        weight[2:],
+        _spread(stride, dims),
+        _spread(dilation, dims),
+        sides,
+        sides,
+        groups,
+    )
+
+
+_FILTER_DEFAULTS: tuple[Any, ...] = ((1,), (0,), (1,), 1)
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
 def linear_map(gm: fx.GraphModule, node: fx.Node) -> ConvMap:
-    """The map of an operation whose meaning is :class:`Linear` or a free :class:`Removable`, weights included."""
+    """The map of an operation whose meaning is :class:`Linear` or a free :class:`Removable`, weights included.
+
+    Constants are computed in float64 from the present parameters and buffers.
+    """
     module = module_of(gm, node)
     if isinstance(module, CONVOLUTIONS):
         return ConvMap.from_conv(module)
-    dims = len(shape_of(node)) - 2
+    channels, dims = shape_of(node)[1], len(shape_of(node)) - 2
     if isinstance(module, _BATCH_NORMS):
         return ConvMap.from_batch_norm(module, dims)
+    if isinstance(module, _AVERAGE_POOLS):
+        geometry = _pool_geometry(module, channels, dims)
+        divisor = getattr(module, "divisor_override", None)
+        return ConvMap.average_pool(
+            channels, geometry.kernel, geometry.stride, geometry.left, geometry.right, divisor=divisor
+        )
+    if isinstance(module, nn.ChannelShuffle):
+        order = torch.arange(channels).view(module.groups, -1).t().flatten()
+        return ConvMap.select(channels, order.tolist(), dims)
     sides = pad_sides(node)
     if sides is not None:
-        return ConvMap.pad(shape_of(node)[1], *sides)
-    return ConvMap.identity(shape_of(node)[1], dims)
+        return ConvMap.pad(channels, *sides)
+    chosen = _slice_of_channels(node)
+    if chosen is not None:
+        return ConvMap.select(shape_of(source_of(node))[1], list(chosen), dims)
+    geometry_of_filter = _filter_geometry(node)
+    if geometry_of_filter is not None:
+        weight = _value(gm, node.args[1])
+        bias = _value(gm, node.args[2]) if len(node.args) > 2 and node.args[2] is not None else None
+        return ConvMap(geometry_of_filter, weight, weight.new_zeros(len(weight)) if bias is None else bias)
+    return _affine_map(gm, node, channels, dims)
+
+
+def _affine_map(gm: fx.GraphModule, node: fx.Node, channels: int, dims: int) -> ConvMap:
+    scale: Tensor | float
+    shift: Tensor | float
+    if node.target is _aten.neg.default:
+        scale, shift = -1.0, 0.0
+    elif node.target in _AFFINE:
+        first, second = _AFFINE[node.target]
+        after = node.args[0] is source_of(node)
+        law = first if after else second
+        assert law is not None  # noqa: S101 - such an operation is not Linear
+        scale, shift = law(_value(gm, node.args[1] if after else node.args[0]))
+    else:
+        scale, shift = 1.0, 0.0
+
+    def per_channel(number: Tensor | float) -> Tensor:
+        return torch.as_tensor(number, dtype=torch.float64).flatten().expand(channels)
+
+    return ConvMap.scale(per_channel(scale), per_channel(shift), dims)
+
+
+def _value(gm: fx.GraphModule, argument: Any) -> Any:
+    """A constant operand in float64: a number as it is, a tensor from what it is made of."""
+    if not isinstance(argument, fx.Node):
+        return argument
+    if argument.op == "get_attr":
+        found = attribute(gm, str(argument.target))
+        return found.detach().double() if found.is_floating_point() else found
+    with torch.no_grad():
+        args, kwargs = fx.map_arg((argument.args, argument.kwargs), lambda each: _value(gm, each))
+        return argument.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -4,12 +4,14 @@ A region (e, x) is what lies between two values such that e dominates and x post
 structure tree of compilers; Johnson, Pearson, Pingali, PLDI 1994). Regions in a row form a :class:`Series`; a fork
 whose branches meet again in one sum, difference, product or concatenation is a :class:`Parallel`; what is more
 entangled is a :class:`Mesh`, whose inner chains are still found. Only tensor values that depend on an image-like input
-take part: sizes, parameters and side inputs do not.
+take part: sizes, parameters and side inputs do not. Where all would be one Mesh because of values without spatial
+extent that many operations read (an embedding computed from the image), those count as side inputs too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -19,7 +21,20 @@ from torch import fx
 from .errors import UnsupportedError
 from .graph import META, is_tensor, node_id, shape_of
 
-__all__ = ["JOINS", "Mesh", "Op", "Parallel", "Region", "Series", "all_series", "operations", "region_tree", "render"]
+__all__ = [
+    "JOINS",
+    "Mesh",
+    "Op",
+    "Parallel",
+    "Region",
+    "Series",
+    "all_series",
+    "operations",
+    "region_tree",
+    "removable_tag",
+    "render",
+    "runs",
+]
 
 _aten = torch.ops.aten
 
@@ -150,27 +165,72 @@ class _Values:
         for member in members:
             # A value is a cut iff no edge jumps over it: every other member is its ancestor or its descendant.
             if member == furthest:
-                child = self._region(start, between, member)
-                if child is not None:
-                    children.append(child)
+                children += self._between(start, between, member)
                 start, between = member, []
             else:
                 between.append(member)
             furthest = max([furthest, *(reader for reader in self.readers[member] if reader in inside)])
         return tuple(children)
 
-    def _region(self, entry: int, between: list[int], exit_: int) -> Region | None:
+    def _between(self, entry: int, between: list[int], exit_: int) -> tuple[Region, ...]:
+        """What lies between two neighbouring cut values."""
         sink = exit_ == len(self.nodes)
         if not between:
-            return None if sink else Op(self.nodes[exit_])
+            return () if sink else (Op(self.nodes[exit_]),)
         components = self._components(between)
         if not sink:
             parallel = self._parallel(entry, components, exit_)
             if parallel is not None:
-                return parallel
+                return (parallel,)
+        found = self._without_side_inputs(entry, [*between, exit_])
+        if found is not None:
+            return found
         members = between if sink else [*between, exit_]
         chains = self._chains(entry, [*between, exit_])
-        return Mesh(tuple(self.nodes[m] for m in members), chains, None if sink else self.nodes[exit_])
+        return (Mesh(tuple(self.nodes[m] for m in members), chains, None if sink else self.nodes[exit_]),)
+
+    def _without_side_inputs(self, entry: int, members: list[int]) -> tuple[Region, ...] | None:
+        """The regions that appear where values without spatial extent count as side inputs of spatial ones.
+
+        None where they are none, or only hide operations of what stays one Mesh.
+        """
+        flat = {member for member in members[:-1] if not self._is_spatial(member)}
+        sides = [
+            (value, reader)
+            for value in flat
+            for reader in self.readers[value]
+            if self._is_spatial(reader)
+            and not (flat.issuperset(self.inputs[reader]) or self._is_gate(value, reader, flat))
+        ]
+        if not sides:
+            return None
+        inputs, readers = list(self.inputs), dict(self.readers)
+        for value, reader in sides:
+            self.inputs[reader] = [source for source in self.inputs[reader] if source != value]
+            self.readers[value] = [other for other in self.readers[value] if other != reader]
+        on_the_way = self._ancestors({members[-1]}, entry).intersection(members)
+        found = self.regions(entry, sorted(on_the_way))
+        if len(found) == 1 and isinstance(found[0], Mesh):
+            self.inputs, self.readers = inputs, readers
+            return None
+        return found
+
+    def _is_spatial(self, number: int) -> bool:
+        if number in (_SOURCE, len(self.nodes)):
+            return False
+        node = self.nodes[number]
+        if not is_tensor(node):
+            return any(map(self._is_spatial, self.inputs[number]))
+        return math.prod(shape_of(node)[2:]) > 1
+
+    def _is_gate(self, value: int, reader: int, flat: set[int]) -> bool:
+        """Whether what a value without extent is computed from is computed for this one reader: a squeeze-excite gate."""
+        pending, computed = [value], {value}
+        while pending:
+            more = flat.intersection(self.inputs[pending.pop()]) - computed
+            computed |= more
+            pending.extend(more)
+        return all(each == reader or each in computed for member in computed for each in self.readers[member])
 
     def _parallel(self, entry: int, components: list[list[int]], exit_: int) -> Parallel | None:
         join = self.nodes[exit_]
@@ -293,6 +353,23 @@ def operations(region: Region | Series) -> Iterator[fx.Node]:
         yield from region.nodes
     elif isinstance(region, (Op, Parallel)):
         yield region.exit
+
+
+def removable_tag(region: Region) -> str | None:
+    """The registered removable module that all operations of a region belong to, None for none."""
+    tags = {node.meta.get(META, {}).get("removable") for node in operations(region)}
+    return str(tags.pop()) if len(tags) == 1 and None not in tags else None
+
+
+def runs(children: Sequence[Region]) -> Iterator[tuple[int, int]]:
+    """The children of a Series as (start, stop): those of one registered removable module together, others alone."""
+    start = 0
+    while start < len(children):
+        tag, stop = removable_tag(children[start]), start + 1
+        while tag is not None and stop < len(children) and removable_tag(children[stop]) == tag:
+            stop += 1
+        yield start, stop
+        start = stop
 
 
 def render(region: Region | Series, indent: int = 0) -> str:

@@ -5,7 +5,8 @@ A segment is an interval of consecutive children of a Series of the region tree.
 1. **merge**: activations inside go, all irreducible convolutions stay and of the others a subset stays. One candidate
    for every distinct merged geometry, and for it the subset with the largest summed L1 norm (LayerMerge, section 4.3),
    from a table of reachable geometries: children of a Series combine by ``then``, branches of a join by
-   ``add_geometries`` or ``concat_geometries``, so subsets are never listed.
+   ``add_geometries`` or ``concat_geometries``, so subsets are never listed. Norms over each sample go too; the last one
+   with as many channels as the merged convolution writes returns behind it.
 2. **bypass**: the shortest intervals whose entry and exit have the same shape become the identity. Longer ones are made
    of these.
 3. **drop**: a branch of a sum or of a gate goes, and the join with it when one is left.
@@ -15,8 +16,9 @@ network anyone wants; the branch is dropped instead.
 
 It does not act on, and says so with a refusal: modules used more than once, padding modes other than zeros, batch norms
 without running statistics, operations that are no affine shift-equivariant maps, values written in place, joins that
-are not additions or concatenations of channels, and merged kernels over the cap. Annotates nothing and changes nothing:
-``modified`` is False.
+are not additions or concatenations of channels, merged kernels over the cap, norms that fit no merged convolution, side
+inputs that are computed inside the segment, and what ``include`` and ``exclude`` leave out. Annotates nothing and
+changes nothing: ``modified`` is False.
 """
 
 from __future__ import annotations
@@ -34,9 +36,31 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxmerge.algebra import Geometry, add_geometries, concat_geometries
 from fxmerge.candidates import Candidate, Enumeration, Limits, Refusal, Site
 from fxmerge.graph import META, between, by_id, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
-from fxmerge.linear import IDEMPOTENT, Barrier, Linear, Meaning, Removable, meaning
+from fxmerge.linear import (
+    IDEMPOTENT,
+    Barrier,
+    Linear,
+    Meaning,
+    Norm,
+    Removable,
+    Side,
+    is_batch_norm,
+    meaning,
+    pad_sides,
+)
 from fxmerge.passes._base import GraphPass
-from fxmerge.regions import Mesh, Op, Parallel, Region, Series, all_series, operations, region_tree
+from fxmerge.regions import (
+    Mesh,
+    Op,
+    Parallel,
+    Region,
+    Series,
+    all_series,
+    operations,
+    region_tree,
+    removable_tag,
+    runs,
+)
 
 
 class EnumerationResult(PassResult):
@@ -77,7 +101,9 @@ class _Way:
     bypassed: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     cuts: tuple[tuple[str, int], ...] = ()
-    joins: int = 0
+    norms: tuple[str, ...] = ()
+    fused: int = 0
+    """Joins and other linear operations besides the convolutions and their norms."""
 
     def then(self, other: _Way, geometry: Geometry) -> _Way:
         return _Way(
@@ -87,7 +113,8 @@ class _Way:
             self.bypassed + other.bypassed,
             self.removed + other.removed,
             self.cuts + other.cuts,
-            self.joins + other.joins,
+            self.norms + other.norms,
+            self.fused + other.fused,
         )
 
 
@@ -175,31 +202,50 @@ class _Search:
 
     def _split(self, series: Series) -> Iterator[_Unit]:
         children = series.children
-        start = 0
-        while start < len(children):
+        following = 0
+        for start, stop in runs(children):
+            if start < following:
+                continue
             child = children[start]
-            stop = start + 1
             if isinstance(child, Op) and is_convolution(self.gm, child.exit):
                 while stop < len(children) and self._follows(children[stop]):
                     stop += 1
-                ways = self._convolution([each.exit for each in children[start:stop]])
+                ways = self._convolution(child.exit)
+            elif removable_tag(child) is not None:
+                ways = self._registered(series, start, stop)
             else:
                 ways = self._region(child)
+            following = stop
             name = node_id(child.exit) if child.exit is not None else "output"
+            if not self._covered(children[start:stop]):
+                ways = Barrier("excluded", f"{name} is left out by include or exclude")
             yield _Unit(start, stop, name, ways, _convolutions(self.gm, children[start:stop]))
-            start = stop
+
+    def _covered(self, regions: Sequence[Region]) -> bool:
+        """Whether the user lets every operation of some regions be changed."""
+        limits = self.limits
+        if not limits.include and not limits.exclude:
+            return True
+        return all(limits.covers(node_id(node)) for region in regions for node in operations(region))
+
+    def _registered(self, series: Series, start: int, stop: int) -> _Ways | Barrier:
+        """A module that the user registered as removable: all its operations together."""
+        entry = series.children[start - 1].exit if start else series.entry
+        exit_ = series.children[stop - 1].exit
+        if not _may_be_entry(entry) or exit_ is None or len(shape_of(entry)) < 3 or shape_of(entry) != shape_of(exit_):
+            return Barrier("not-linear", "a registered module that does not keep the shape of one spatial value")
+        identity = Geometry.identity(shape_of(entry)[1], len(shape_of(entry)) - 2)
+        return {identity: _Way(identity, removed=(node_id(exit_),))}
 
     def _follows(self, child: Region) -> bool:
         """Whether a child goes with the convolution in front of it: its batch norm and dropout."""
         if not isinstance(child, Op) or is_convolution(self.gm, child.exit):
             return False
         what = meaning(self.gm, child.exit, self.shared)
-        batch_norm = isinstance(what, Linear) and child.exit.op == "call_module"
+        batch_norm = isinstance(what, Linear) and is_batch_norm(self.gm, child.exit)
         return batch_norm or (isinstance(what, Removable) and what.free)
 
-    def _convolution(self, nodes: Sequence[fx.Node | None]) -> _Ways | Barrier:
-        conv = nodes[0]
-        assert conv is not None  # noqa: S101 - only the virtual sink has no node, and it is no convolution
+    def _convolution(self, conv: fx.Node) -> _Ways | Barrier:
         what = meaning(self.gm, conv, self.shared)
         if not isinstance(what, Linear):
             return _as_barrier(what)
@@ -233,9 +279,15 @@ class _Search:
         if isinstance(what, Barrier) or len(shape_of(node)) < 3:
             return _as_barrier(what)
         if isinstance(what, Linear):
-            return {what.geometry: _Way(what.geometry)}
+            plain = is_batch_norm(self.gm, node) or pad_sides(node) is not None
+            return {what.geometry: _Way(what.geometry, fused=0 if plain else 1)}
         identity = Geometry.identity(shape_of(node)[1], len(shape_of(node)) - 2)
-        return {identity: _Way(identity, removed=() if what.free else (node_id(node),))}
+        name = (node_id(node),)
+        if isinstance(what, Norm):
+            return {identity: _Way(identity, removed=name, norms=name)}
+        if isinstance(what, Side):
+            return {identity: _Way(identity)}
+        return {identity: _Way(identity, removed=() if what.free else name)}
 
     def _parallel(self, parallel: Parallel) -> _Ways | Barrier:
         join = parallel.exit
@@ -296,7 +348,7 @@ class _Search:
             if joined is None:
                 continue
             way = one.then(other, joined)
-            self._offer(table, replace(way, joins=way.joins + joins))
+            self._offer(table, replace(way, fused=way.fused + joins))
         return table
 
     def _compose(self, first: _Ways, second: _Ways) -> _Ways:
@@ -306,7 +358,7 @@ class _Search:
         return table
 
     def _offer(self, table: _Ways | _Joined, way: _Way) -> None:
-        several = len(way.kept) + way.joins > 1
+        several = len(way.kept) + way.fused > 1
         if several and max(way.geometry.kernel) > self.limits.max_kernel:
             return
         known = table.get(way.geometry)
@@ -332,21 +384,32 @@ class _Search:
                     self._refuse_cap(unit, other)
                     break
                 exit_ = series.children[other.stop - 1].exit
-                if other.convolutions and exit_ is not None and self._closed(entry, exit_):
-                    for candidate in self._merge_candidates(entry, exit_, ways):
-                        yield Site(number, unit.start, other.stop, candidate)
+                if not other.convolutions or exit_ is None or not self._stands_alone(entry, exit_, series, unit, other):
+                    continue
+                for candidate in self._merge_candidates(entry, exit_, ways, unit):
+                    yield Site(number, unit.start, other.stop, candidate)
 
-    def _merge_candidates(self, entry: fx.Node, exit_: fx.Node, ways: _Ways) -> Iterator[Candidate]:
+    def _merge_candidates(self, entry: fx.Node, exit_: fx.Node, ways: _Ways, unit: _Unit) -> Iterator[Candidate]:
         for geometry, way in ways.items():
-            if not way.kept or len(way.kept) + len(way.bypassed) + way.joins < 2:
+            if not way.kept or len(way.kept) + len(way.bypassed) + way.fused < 2:
                 continue
+            fitting = [name for name in way.norms if shape_of(self.nodes[name])[1] == geometry.out_channels]
+            if way.norms and not fitting:
+                reason = f"no norm of the segment up to {node_id(exit_)!r} has {geometry.out_channels} channels"
+                self._refuse("norm", unit.convolutions[0], way.norms[-1], reason)
+                continue
+            norm = fitting[-1] if fitting else None
             candidate = Candidate(
-                "merge", node_id(entry), node_id(exit_), way.kept, way.bypassed, way.removed, way.cuts, geometry
+                "merge", node_id(entry), node_id(exit_), way.kept, way.bypassed, way.removed, way.cuts, geometry, norm
             )
             yield candidate
-            if self.limits.exit_activation and way.removed and not self._activated(exit_):
-                module = self.gm.get_submodule(str(self.nodes[way.removed[-1]].target))
-                yield replace(candidate, activation=type(module).__name__)
+            activation = self._last_activation(way)
+            if self.limits.exit_activation and activation is not None and not self._activated(exit_):
+                yield replace(candidate, activation=activation)
+
+    def _last_activation(self, way: _Way) -> str | None:
+        modules = (module_of(self.gm, self.nodes[name]) for name in reversed(way.removed) if name not in way.norms)
+        return next((type(module).__name__ for module in modules if module is not None), None)
 
     def _activated(self, exit_: fx.Node) -> bool:
         return any(
@@ -354,6 +417,17 @@ class _Search:
             for reader in exit_.users
             if is_tensor(reader)
         )
+
+    def _stands_alone(self, entry: fx.Node, exit_: fx.Node, series: Series, first: _Unit, last: _Unit) -> bool:
+        """Whether a merge of these units is closed and computes no side input itself."""
+        inside = between(entry, exit_)
+        regions = series.children[first.start : last.stop]
+        own = {node for region in regions for node in operations(region)}
+        if inside <= own:
+            return self._closed(entry, exit_)
+        reason = f"the segment up to {node_id(exit_)!r} computes what is added inside it"
+        self._refuse("side-input", first.convolutions[0], node_id(min(inside - own)), reason)
+        return False
 
     def _closed(self, entry: fx.Node, exit_: fx.Node) -> bool:
         """Whether nothing outside reads a value between entry and exit."""
@@ -377,6 +451,8 @@ class _Search:
                 if not names or not units[first].convolutions or not _may_be_entry(entry):
                     continue
                 children = series.children[start : unit.stop]
+                if not self._covered(children):
+                    break
                 if shape_of(entry) != shape_of(exit_) or not self._closed(entry, exit_) or _written_in_place(children):
                     continue
                 previous_stop = start + 1
@@ -386,11 +462,8 @@ class _Search:
 
     def _bypass(self, number: int, series: Series, units: Sequence[_Unit], first: int, last: int) -> Site:
         start, stop = units[first].start, units[last].stop
-        if stop < len(series.children):
-            follower = series.children[stop]
-            module = module_of(self.gm, follower.exit) if isinstance(follower, Op) else None
-            if module is not None and isinstance(meaning(self.gm, follower.exit, self.shared), Removable):  # type: ignore[arg-type]
-                stop += 0 if isinstance(module, IDEMPOTENT) else 1
+        if stop < len(series.children) and self._goes_along(series.children[stop]):
+            stop += 1
         entry = series.entry if start == 0 else series.children[start - 1].exit
         exit_ = series.children[stop - 1].exit
         assert entry is not None and exit_ is not None  # noqa: S101, PT018 - the caller has checked both
@@ -404,6 +477,14 @@ class _Search:
         )
         return Site(number, start, stop, candidate)
 
+    def _goes_along(self, follower: Region) -> bool:
+        """Whether a bypass takes the activation behind it along: one that would change what it reads a second time."""
+        if not isinstance(follower, Op) or not self._covered((follower,)):
+            return False
+        module = module_of(self.gm, follower.exit)
+        removable = isinstance(meaning(self.gm, follower.exit, self.shared), Removable)
+        return module is not None and removable and not isinstance(module, IDEMPOTENT)
+
     def _drop(self, number: int, branch: Series, parallel: Parallel, position: int) -> Iterator[Site]:
         names = _convolutions(self.gm, branch.children)
         if not parallel.may_lose(position) or not names or parallel.entry is None or branch.exit is None:
@@ -413,6 +494,10 @@ class _Search:
         if any(value is None or shape_of(value) != shape_of(parallel.exit) for value in values):
             return
         if _written_in_place((parallel,)) or not _may_be_entry(parallel.entry):
+            return
+        if not self._covered(branch.children) or not self.limits.covers(node_id(parallel.exit)):
+            return
+        if not self._closed(parallel.entry, branch.exit):
             return
         candidate = Candidate(
             "drop",
@@ -434,16 +519,16 @@ class _Search:
             neighbours = (*_until_barrier(units[:index][::-1]), *_until_barrier(units[index + 1 :]))
             about = unit.convolutions if unit.ways.code not in ("mesh",) else ()
             for name in dict.fromkeys((*neighbours, *about)):
-                self._refuse(unit.ways.code, name, unit, unit.ways.reason)
+                self._refuse(unit.ways.code, name, unit.name, unit.ways.reason)
 
     def _refuse_cap(self, first: _Unit, last: _Unit) -> None:
         cap = self.limits.max_kernel
         for name in first.convolutions:
             reason = f"merged up to {last.convolutions[-1]!r} its kernel would be larger than max_kernel={cap}"
-            self._refuse("kernel-cap", name, last, reason)
+            self._refuse("kernel-cap", name, last.name, reason)
 
-    def _refuse(self, code: str, name: str, unit: _Unit, reason: str) -> None:
-        self.refusals.setdefault((code, name, unit.name), Refusal(code, name, unit.name, reason))
+    def _refuse(self, code: str, name: str, node: str, reason: str) -> None:
+        self.refusals.setdefault((code, name, node), Refusal(code, name, node, reason))
 
 
 def _as_barrier(what: Meaning) -> Barrier:

@@ -1,6 +1,7 @@
 """Replace linear segments by the one convolution that computes the same: lossless, on the current weights.
 
-1. Every segment that :mod:`fxmerge.passes.relax` tagged becomes one convolution.
+1. Every segment that :mod:`fxmerge.passes.relax` tagged becomes one convolution. A tensor without spatial extent that
+   is added inside (a time embedding) passes through the rest of the segment as a matrix and is added behind it.
 2. Elsewhere, neighbours that compose exactly become one convolution where it costs no more multiply-accumulates: a
    convolution with its batch norm, unpadded chains, a 1x1 without bias before a padded convolution, branches of linear
    maps that are added (RepVGG). Of the ways to do so the cheapest is taken.
@@ -28,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxmerge.algebra import ConvMap, as_torch_pad
+from fxmerge.algebra import as_torch_pad
 from fxmerge.candidates import Refusal
 from fxmerge.errors import InexactError, InternalError, UserError
 from fxmerge.evaluate import evaluate
-from fxmerge.folding import compose, convolve, exact_runs
+from fxmerge.folding import Composed, compose, convolve, exact_runs
 from fxmerge.graph import (
     CONVOLUTIONS,
     META,
@@ -46,7 +47,7 @@ from fxmerge.graph import (
     sweep,
 )
 from fxmerge.passes._base import GraphPass
-from fxmerge.surgery import insert_pad
+from fxmerge.surgery import insert_pad, insert_side
 
 CHECK_TOLERANCE = 1e-10
 """Largest float64 difference of a folded segment, relative to what of its output varies with the input."""
@@ -89,7 +90,7 @@ def fold_graph(gm: fx.GraphModule) -> tuple[bool, tuple[Refusal, ...]]:
     replaced: dict[fx.Node, fx.Node] = {}
     for run in runs:
         entry = replaced.get(run.entry, run.entry)
-        replaced[run.exit] = _install(gm, entry, run.exit, run.conv_map, run.nodes)
+        replaced[run.exit] = _install(gm, entry, run.exit, Composed(run.conv_map), run.nodes)
     modified = tagged or bool(runs)
     if modified:
         sweep(gm)
@@ -115,10 +116,10 @@ def _fold_tagged(gm: fx.GraphModule) -> bool:
         if leak is not None:
             raise _broken(segment, f"{node_id(leak)!r} is read from outside")
         try:
-            conv_map = compose(gm, entry, exit_, inside, shared)
+            composed = compose(gm, entry, exit_, inside, shared)
         except InexactError as error:
             raise _broken(segment, str(error)) from error
-        replaced[exit_] = _install(gm, entry, exit_, conv_map, inside)
+        replaced[exit_] = _install(gm, entry, exit_, composed, inside)
     return bool(segments)
 
 
@@ -130,17 +131,19 @@ def _broken(segment: dict[str, Any], what: str) -> UserError:
 
 
 def _install(
-    gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, conv_map: ConvMap, inside: Collection[fx.Node]
+    gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, composed: Composed, inside: Collection[fx.Node]
 ) -> fx.Node:
     """Put the convolution, and the padding it cannot hold itself, in place of the operations between entry and exit."""
-    _check(gm, entry, exit_, conv_map, inside)
+    _check(gm, entry, exit_, composed, inside)
     path = next(str(node.target) for node in sorted(inside) if is_convolution(gm, node))
     weight = gm.get_parameter(f"{path}.weight")
-    conv, sides = conv_map.to_conv(weight.dtype, weight.device)
+    conv, sides = composed.conv_map.to_conv(weight.dtype, weight.device)
     source = entry if sides is None else insert_pad(gm, entry, *sides)
     with gm.graph.inserting_before(exit_):
         new = gm.graph.call_module(path, (source,))
-    new.meta[META] = {**exit_.meta[META], "id": path}
+        new.meta[META] = {**exit_.meta[META], "id": path}
+        for value, matrix in composed.sides.items():
+            new = insert_side(gm, new, value, matrix.to(weight), f"{path}_side")
     exit_.replace_all_uses_with(new)
     for node in sorted(inside, reverse=True):
         gm.graph.erase_node(node)
@@ -148,14 +151,22 @@ def _install(
     return new
 
 
-def _check(gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, conv_map: ConvMap, inside: Collection[fx.Node]) -> None:
+def _check(gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, composed: Composed, inside: Collection[fx.Node]) -> None:
     """Compare the convolution with what it replaces, in float64 on random values at the segment's own entry shape."""
-    conv, sides = conv_map.to_conv(torch.float64)
+    conv, sides = composed.conv_map.to_conv(torch.float64)
     generator = torch.Generator().manual_seed(0)
-    value = torch.randn(2, *shape_of(entry)[1:], generator=generator, dtype=torch.float64).to(conv.weight.device)
+
+    def draw(node: fx.Node) -> Tensor:
+        value = torch.randn(2, *shape_of(node)[1:], generator=generator, dtype=torch.float64)
+        return value.to(conv.weight.device)
+
+    known = {node: draw(node) for node in (entry, *composed.sides)}
+    value = known[entry]
     with torch.no_grad():
-        expected = evaluate(gm, exit_, {entry: value}, _in_float64)
+        expected = evaluate(gm, exit_, known, _in_float64)
         found = convolve(conv, value if sides is None else F.pad(value, as_torch_pad(*sides)))
+        for node, matrix in composed.sides.items():
+            found = found + (known[node].flatten(1) @ matrix.T).reshape(2, -1, *(1,) * composed.conv_map.geometry.dims)
         difference = _largest(expected - found)
         allowed = CHECK_TOLERANCE * _largest(expected - expected.mean(dim=0)) + _ROUNDING * _largest(expected)
     name = f"the segment from {node_id(entry)!r} to {node_id(exit_)!r}"
@@ -163,7 +174,7 @@ def _check(gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, conv_map: ConvMap
         raise UserError(f"{name} holds weights or batch-norm statistics that are not finite: it cannot fold.")
     if not difference <= allowed:
         raise InternalError(
-            f"{name} ({len(inside)} operations) folds to {conv_map.geometry} with an error of {difference:.1e} "
+            f"{name} ({len(inside)} operations) folds to {composed.conv_map.geometry} with an error of {difference:.1e} "
             f"(allowed {allowed:.1e}). Please report this network."
         )
 
@@ -172,8 +183,10 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max())
 
 
-def _in_float64(module: nn.Module) -> Any:
-    double = copy.deepcopy(module).double().eval()
+def _in_float64(thing: nn.Module | Tensor) -> Any:
+    if isinstance(thing, Tensor):
+        return thing.double() if thing.is_floating_point() else thing
+    double = copy.deepcopy(thing).double().eval()
     if isinstance(double, CONVOLUTIONS):
         return lambda value: convolve(double, value)
     return double

@@ -3,9 +3,10 @@
 This is the lossy rewrite. For each candidate:
 
 1. **merge**: its activations, dropouts and bypassed convolutions (each with its batch norm) go; the remaining
-   convolutions lose their padding, and one zero padding by the segment's L and R stands at the entry. Where branches of
-   different reach join, the shorter ones crop their input by L_join - L_branch, an identity skip too. What is left is
-   exactly one convolution, which :mod:`fxmerge.passes.fold` computes. An activation may be inserted behind it.
+   convolutions and average pools lose their padding, and one zero padding by the segment's L and R stands at the entry.
+   Where branches of different reach join, the shorter ones crop their input by L_join - L_branch, an identity skip too.
+   What is left is exactly one convolution, which :mod:`fxmerge.passes.fold` computes. Norms over each sample go; one of
+   them stands behind the segment instead. An activation may be inserted behind that.
 2. **bypass**: readers of the exit read the entry.
 3. **drop**: a join of two loses one operand; its readers read the other.
 
@@ -28,11 +29,11 @@ from fxmerge.algebra import Geometry, add_geometries, concat_geometries, crops
 from fxmerge.candidates import Candidate
 from fxmerge.errors import InternalError, PlanError
 from fxmerge.folding import compose_geometry
-from fxmerge.graph import CONVOLUTIONS, between, by_id, graph_meta, module_of, node_id, record_shapes, shape_of, sweep
-from fxmerge.linear import Linear, Removable, meaning, pad_sides
+from fxmerge.graph import between, by_id, graph_meta, module_of, node_id, record_shapes, shape_of, sweep
+from fxmerge.linear import Linear, Norm, Removable, is_batch_norm, meaning, pad_sides, source_of
 from fxmerge.passes._base import GraphPass
-from fxmerge.regions import Op, Parallel, Region, Series, all_series, region_tree
-from fxmerge.surgery import insert_activation, insert_pad, join_operands, set_join_operand, unpadded
+from fxmerge.regions import Op, Parallel, Region, Series, all_series, region_tree, removable_tag, runs
+from fxmerge.surgery import insert_activation, insert_pad, join_operands, move_behind, set_join_operand, take_padding
 
 
 class RelaxPass(GraphPass):
@@ -159,20 +160,29 @@ class _Rewrite:
         if entry not in ends[:-1]:
             raise PlanError(f"{candidate.entry!r} and {candidate.exit!r} do not bound a segment of this network")
         children = series.children[ends.index(entry) : last + 1]
-        self._strip(children, candidate)
+        self._strip(entry, children, candidate)
         exit_ = self._now(exit_)
         if candidate.geometry is not None:
             self._pad(self._now(entry), exit_, candidate.geometry.left, candidate.geometry.right)
         self.merged.append((candidate, entry, exit_))
+        if candidate.norm is not None:
+            self._return(exit_, self._node(candidate.norm))
         if candidate.activation is not None:
             self._activate(exit_, candidate)
 
-    def _strip(self, children: Sequence[Region], candidate: Candidate) -> None:
+    def _strip(self, entry: fx.Node | None, children: Sequence[Region], candidate: Candidate) -> None:
         """Remove what goes, take the padding off what stays, and crop shorter branches."""
         removed = False
-        for child in children:
-            if isinstance(child, Parallel):
+        for first, stop in runs(children):
+            child = children[first]
+            if stop > first + 1 or removable_tag(child) is not None:
+                exit_, source = children[stop - 1].exit, children[first - 1].exit if first else entry
+                assert exit_ is not None and source is not None  # noqa: S101, PT018 - the enumeration refuses such ends
+                self._replace(exit_, source)
+                removed = False
+            elif isinstance(child, Parallel):
                 self._strip_parallel(child, candidate)
+                removed = False
             elif isinstance(child, Op):
                 removed = self._strip_op(child.exit, candidate, removed)
 
@@ -181,18 +191,18 @@ class _Rewrite:
 
         Batch norms and dropouts go with a removed convolution.
         """
-        module, source = module_of(self.gm, node), node.args[0]
-        assert isinstance(source, fx.Node)  # noqa: S101 - every operation of a segment reads a value
-        if isinstance(module, CONVOLUTIONS):
-            if node_id(node) in candidate.bypassed:
-                self._replace(node, source)
-                return True
-            self.gm.add_submodule(str(node.target), unpadded(module))
-            return False
-        what = meaning(self.gm, node, frozenset())
-        if with_it or isinstance(what, Removable) or pad_sides(node) is not None:
+        source = source_of(node)
+        if node_id(node) in candidate.bypassed:
             self._replace(node, source)
-        return with_it and module is not None and (not isinstance(what, Removable) or what.free)
+            return True
+        what = meaning(self.gm, node, frozenset())
+        free = isinstance(what, Removable) and what.free
+        goes_along = with_it and (is_batch_norm(self.gm, node) or free)
+        if goes_along or isinstance(what, (Removable, Norm)) or pad_sides(node) is not None:
+            self._replace(node, source)
+        else:
+            take_padding(self.gm, node)
+        return goes_along
 
     def _strip_parallel(self, parallel: Parallel, candidate: Candidate) -> None:
         join, entry = parallel.exit, parallel.entry
@@ -200,7 +210,7 @@ class _Rewrite:
         staying = _staying(parallel, candidate)
         geometries = _branch_geometries(self.gm, parallel, candidate, shape_of(entry)[1])
         for (position, branch), (left, right) in zip(staying, crops(geometries), strict=True):
-            self._strip(() if branch is None else branch.children, candidate)
+            self._strip(entry, () if branch is None else branch.children, candidate)
             source, operand = self._now(entry), join_operands(join)[position]
             inverse = [-side for side in left], [-side for side in right]
             if operand is not source:
@@ -218,12 +228,19 @@ class _Rewrite:
             for reader in readers:
                 reader.replace_input_with(source, pad)
 
+    def _return(self, exit_: fx.Node, norm: fx.Node) -> None:
+        """Put a norm of the segment behind its exit; whoever reads the segment reads it there."""
+        move_behind(exit_, norm)
+        del self.replaced[norm]
+        self.replaced[exit_] = norm
+
     def _activate(self, exit_: fx.Node, candidate: Candidate) -> None:
         """Put the segment's last activation behind its exit; whoever reads the segment reads it there."""
-        activation = module_of(self.gm, self._node(candidate.removed[-1]))
-        assert activation is not None  # noqa: S101 - a removed activation is a module
-        convolution = self._node(candidate.kept[-1])
-        self.replaced[exit_] = insert_activation(self.gm, exit_, activation, f"{convolution.target}_activation")
+        modules = (module_of(self.gm, self._node(name)) for name in reversed(candidate.removed))
+        activation = next(each for each in modules if type(each).__name__ == candidate.activation)
+        assert activation is not None  # noqa: S101 - its class has a name
+        convolution, behind = self._node(candidate.kept[-1]), self._now(exit_)
+        self.replaced[behind] = insert_activation(self.gm, behind, activation, f"{convolution.target}_activation")
 
     def _tag(self, candidate: Candidate, entry: fx.Node, exit_: fx.Node) -> dict[str, object]:
         inside = between(entry, exit_)
@@ -243,11 +260,11 @@ def _branch_geometries(gm: fx.GraphModule, parallel: Parallel, candidate: Candid
 
 def _geometry(gm: fx.GraphModule, children: Sequence[Region], candidate: Candidate, total: Geometry) -> Geometry:
     for child in children:
-        if isinstance(child, Parallel):
+        if isinstance(child, Parallel) and removable_tag(child) is None:
             branches = _branch_geometries(gm, child, candidate, total.out_channels)
             join = add_geometries if child.adds else concat_geometries
             total = total.then(join(branches))
-        elif isinstance(child, Op) and node_id(child.exit) not in candidate.bypassed:
+        elif isinstance(child, Op) and removable_tag(child) is None and node_id(child.exit) not in candidate.bypassed:
             what = meaning(gm, child.exit, frozenset())
             total = total.then(what.geometry) if isinstance(what, Linear) else total
     return total

@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fxmerge.algebra import (
     ConvMap,
@@ -289,7 +290,7 @@ def test_inner_padding_is_refused_and_wrong_at_that_border_only(kind: str, left:
     second = conv((3, 3), 3, dims=2, left=left, right=right, seed=1)
     first = {
         "kernel": conv((3, 3), 3, dims=2, left=1, right=1),
-        "bias": ConvMap.scale(torch.ones(3), torch.tensor([0.0, 0.5, 0.0]), dims=2),
+        "bias": replace(conv((3, 3), 1, dims=2), bias=torch.tensor([0.0, 0.5, 0.0])),
         "pad value": ConvMap.pad(3, (1, 1), (1, 1), torch.tensor([0.0, 0.0, 1.0])),
         "crop": ConvMap.pad(3, (-1, -1), (-1, -1)),
     }[kind]
@@ -308,6 +309,104 @@ def test_inner_padding_is_refused_and_wrong_at_that_border_only(kind: str, left:
     assert error(expected, actual) > WRONG
     difference = (expected - actual)[..., left : expected.shape[-1] - right].abs().amax((0, 1, 3))
     assert [bool(difference[0] > WRONG), bool(difference[-1] > WRONG)] == [left == 1, right == 1]
+
+
+def cancelling(norm: ConvMap, value: Tensor) -> list[ConvMap]:
+    """A norm, and padding with ``value`` behind it written as value + pad(x - value), as graphs have it."""
+    one, dims = torch.ones_like(value), norm.geometry.dims
+    pad = ConvMap.pad(value.numel(), (1,) * dims, (1,) * dims)
+    return [norm, ConvMap.scale(one, -value, dims), pad, ConvMap.scale(one, value, dims)]
+
+
+@reproducible
+@given(seeds, st.integers(1, 3), st.floats(-30, 30), st.integers(-2, 2), st.booleans())
+def test_a_constant_computed_in_another_way_is_the_same_one(
+    seed: int, dims: int, exponent: float, rounding: int, dense: bool
+) -> None:
+    norm = ConvMap.from_batch_norm(norm_of(dims, 1e-3, affine=True, seed=seed), dims)
+    norm = replace(norm, weight=norm.weight * 10**exponent, bias=norm.bias * 10**exponent)
+    value = norm.bias * (1 + rounding * 2.0**-52)
+    first = conv((3, 4), 1, dims=dims, seed=seed) if dense else ConvMap.identity(4, dims)
+    steps = [first, *cancelling(norm, value), conv((4, 2), 3, dims=dims, seed=seed + 1)]
+    x = randn(2, first.geometry.in_channels, *(5,) * dims, seed=seed + 2)
+    expected, total = x, ConvMap.identity(first.geometry.in_channels, dims)
+    for step in steps:
+        expected, total = step.apply(expected), total.then(step)
+    assert error(expected, total.apply(x)) < TOLERANCE
+    assert (total.geometry.left, total.geometry.right) == ((1,) * dims, (1,) * dims)
+    assert not total.pad_value.any()
+
+
+@reproducible
+@given(seeds, st.floats(-30, 30), st.sampled_from([1e-9, -1e-9, 1e-3, 1.0]))
+def test_a_constant_that_differs_is_refused_however_small(seed: int, exponent: float, share: float) -> None:
+    norm = ConvMap.from_batch_norm(norm_of(2, 1e-3, affine=True, seed=seed), 2)
+    norm = replace(norm, weight=norm.weight * 10**exponent, bias=norm.bias * 10**exponent, bias_size=torch.tensor(0.0))
+    norm, less, pad, _ = cancelling(norm, norm.bias * (1 + share))
+    first = conv((3, 4), 1, dims=2, seed=seed).then(norm).then(less)
+    with pytest.raises(InexactError, match=r"with a value that .* does not produce"):
+        first.then(pad)
+
+
+def test_a_small_bias_is_no_rounding() -> None:
+    """Against a scale such as 1 it would be; what cancelled is remembered instead."""
+    tiny = replace(conv((2, 2), 1, seed=2), bias=torch.full((2,), 1e-19))
+    tiny = replace(tiny, weight=tiny.weight * 1e-20)
+    padded = conv((2, 2), 3, left=1, right=1)
+    assert inexact(tiny, padded) is not None
+    x = randn(1, 2, 6, seed=0)
+    assert error(padded.apply(tiny.apply(x)), forced(tiny, padded).apply(x)) > WRONG
+
+
+@reproducible
+@given(st.data(), st.integers(1, 3), st.integers(0, 3), seeds, st.booleans())
+def test_padding_behind_a_norm_becomes_padding_in_front_of_it(
+    data: st.DataObject, dims: int, spare: int, seed: int, strided: bool
+) -> None:
+    norm = ConvMap.from_batch_norm(norm_of(dims, 1e-3, affine=True, seed=seed), dims)
+    assume(norm.weight.abs().min() > 1e-3)
+    stride = data.draw(st.tuples(*[st.integers(1, 3)] * dims)) if strided else (1,) * dims
+    norm = replace(norm, geometry=replace(norm.geometry, stride=stride), pad_value=randn(4, seed=seed + 6))
+    second = with_numbers(data.draw(geometries(4, dims)), seed + 5)
+    x = entry([norm, second], spare, seed + 9)
+    composed = norm.then(second)
+    assert error(second.apply(norm.apply(x)), composed.apply(x)) < TOLERANCE
+    if second.geometry.is_padded:
+        value = composed.pad_value * norm.weight.flatten() + norm.bias
+        assert error(second.pad_value, value) < TOLERANCE
+
+
+def test_padding_behind_a_norm_and_taken_back_in_front_of_it_cancel() -> None:
+    norm = ConvMap.from_batch_norm(norm_of(2, 1e-3, affine=True, seed=0), 2)
+    _, less, pad, more = cancelling(norm, randn(4, seed=7))
+    bordered = less.then(pad).then(more)
+    assert torch.equal(bordered.pad_value, more.bias)
+    assert error(bordered.weight, pad.weight) < TOLERANCE
+    assert not bordered.bias.any()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, float("nan")])
+def test_a_padding_value_that_no_network_can_hold_is_refused(scale: float) -> None:
+    norm = ConvMap.scale(torch.tensor([1.0, scale]), torch.tensor([0.0, 1.0]), dims=1)
+    padded = conv((2, 2), 3, left=1, right=1)
+    with pytest.raises(InexactError, match="does not produce"):
+        norm.then(padded)
+    # A channel without weights that makes what the padding holds is no obstacle.
+    composed = norm.then(replace(padded, pad_value=torch.tensor([0.5, 1.0]))) if scale == 0 else None
+    assert composed is None or torch.equal(composed.pad_value, torch.tensor([0.5, 0.0], dtype=torch.float64))
+
+
+@reproducible
+@given(chains(3))
+def test_a_bias_is_never_larger_than_its_terms(maps: list[ConvMap]) -> None:
+    a, b, c = maps
+    composed = a.then(b).then(c)
+    for map_ in (a, composed, add_maps([composed, composed]), concat_maps([composed, composed])):
+        assert map_.bias_size.shape == map_.bias.shape
+        assert bool((map_.bias_size >= map_.bias.abs()).all())
+    one = a.then(ConvMap.scale(torch.ones_like(a.bias), -a.bias, a.geometry.dims))
+    assert not one.bias.any()
+    assert torch.equal(one.bias_size, 2 * a.bias.abs())
 
 
 def test_only_the_axes_that_are_padded_matter() -> None:
@@ -399,6 +498,9 @@ def test_joins_of_different_padding_values_are_refused_and_wrong() -> None:
     x = randn(1, 2, 7, seed=2)
     wrong = add_maps([one, replace(other, pad_value=one.pad_value)])
     assert error(one.apply(x) + other.apply(x), wrong.apply(x)) > WRONG
+    # One value, rounded in two ways, is one value.
+    rounded = replace(other, pad_value=torch.tensor(1.0, dtype=torch.float64) + 2.0**-52)
+    assert error(other.apply(x) + rounded.apply(x), add_maps([other, rounded]).apply(x)) < TOLERANCE
     # A branch that reads no padding may have any value.
     cropped = replace(conv((2, 2), 1), pad_value=torch.tensor(3.0))
     joined = add_maps([cropped, one])
@@ -420,6 +522,64 @@ def test_joins_refuse_what_does_not_fit() -> None:
     for function in (add_geometries, concat_geometries, crops):
         with pytest.raises(UserError, match="at least one branch"):
             function([])
+
+
+# Fixed filters
+
+POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+@reproducible
+@given(st.data(), st.integers(1, 3), st.sampled_from([None, 1, 5]), seeds)
+def test_average_pool(data: st.DataObject, dims: int, divisor: int | None, seed: int) -> None:
+    def axes(low: int, high: int) -> tuple[int, ...]:
+        return data.draw(st.tuples(*[st.integers(low, high)] * dims))
+
+    kernel, stride, left, right = axes(1, 3), axes(1, 3), axes(-1, 2), axes(-1, 2)
+    pool = ConvMap.average_pool(3, kernel, stride, left, right, divisor)
+    assert pool.geometry == Geometry.depthwise(3, kernel, stride, left, right)
+    x = entry([pool], 2, seed)
+    expected = POOLS[dims](F.pad(x, as_torch_pad(left, right)), kernel, stride)
+    assume(expected.any())  # not only padding is read
+    if divisor is not None:
+        expected = expected * math.prod(kernel) / divisor
+    assert error(expected, pool.apply(x)) < TOLERANCE
+    assert error(expected, shifted(pool).apply(x)) > WRONG
+
+
+def test_average_pool_is_torchs_where_padding_counts() -> None:
+    x = randn(2, 3, 9, 8, seed=0)
+    expected = nn.AvgPool2d(3, stride=2, padding=1)(x)
+    assert error(expected, ConvMap.average_pool(3, (3, 3), (2, 2), (1, 1), (1, 1)).apply(x)) < TOLERANCE
+    expected = nn.AvgPool2d(3, stride=2, padding=1, divisor_override=7)(x)
+    assert error(expected, ConvMap.average_pool(3, (3, 3), (2, 2), (1, 1), (1, 1), 7).apply(x)) < TOLERANCE
+    assert error(expected, ConvMap.average_pool(3, (3, 3), (2, 2), (1, 1), (1, 1)).apply(x)) > WRONG
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("indices", [[0], [2, 3], [5, 4, 3, 2, 1, 0], [0, 2, 4, 1, 3, 5], [1, 1, 0]])
+def test_select(indices: list[int], dims: int) -> None:
+    x = randn(2, 6, *(4,) * dims, seed=0)
+    selected = ConvMap.select(6, indices, dims)
+    assert selected.geometry == Geometry.pointwise(6, len(indices), dims)
+    assert torch.equal(selected.apply(x), x[:, indices])
+    assert not torch.equal(selected.apply(x), x[:, [4, *indices[1:]]])
+
+
+def test_a_shuffle_between_grouped_convolutions_composes() -> None:
+    order = [0, 3, 1, 4, 2, 5]
+    first, second = conv((6, 6), 3, dims=2, left=1, right=1, groups=3), conv((6, 6), 1, dims=2, groups=2, seed=1)
+    x = randn(2, 6, 7, 6, seed=2)
+    composed = first.then(ConvMap.select(6, order, 2)).then(second)
+    expected = second.apply(first.apply(x)[:, order])
+    assert error(expected, composed.apply(x)) < TOLERANCE
+    assert error(expected, first.then(second).apply(x)) > WRONG
+
+
+@pytest.mark.parametrize("indices", [[3], [-1], []])
+def test_select_refuses_channels_that_are_not_there(indices: list[int]) -> None:
+    with pytest.raises(UserError, match=r"not all among 0 to 2|at least 1"):
+        ConvMap.select(3, indices, dims=2)
 
 
 # Shapes

@@ -163,7 +163,11 @@ def segment_errors(gm, x):
     errors = []
     for segment in graph_meta(gm)["segments"]:
         entry, exit_ = nodes[segment["entry"]], nodes[segment["exit"]]
-        found = compose(gm, entry, exit_, between(entry, exit_), shared).apply(value_of(gm, entry, x))
+        composed = compose(gm, entry, exit_, between(entry, exit_), shared)
+        found = composed.conv_map.apply(value_of(gm, entry, x))
+        for value, matrix in composed.sides.items():
+            side = value_of(gm, value, x).flatten(1) @ matrix.T
+            found = found + side.reshape(*side.shape, *[1] * (found.dim() - 2))
         errors.append(relative_error([found], [value_of(gm, exit_, x)]))
     return errors
 

@@ -343,15 +343,19 @@ def test_outputs_that_hardly_vary_are_no_false_alarm():
 
 
 def mirrored(true):
-    return lambda *args: replace(found := true(*args), weight=found.weight.flip(-1))
+    def wrong(*args):
+        found = true(*args)
+        return replace(found, conv_map=replace(found.conv_map, weight=found.conv_map.weight.flip(-1)))
+
+    return wrong
 
 
 def shifted(true):
     def wrong(*args):
         found = true(*args)
-        left, right = found.geometry.left, found.geometry.right
-        sides = {"left": tuple(n + 1 for n in left), "right": tuple(n - 1 for n in right)}
-        return replace(found, geometry=replace(found.geometry, **sides))
+        geometry = found.conv_map.geometry
+        sides = {"left": tuple(n + 1 for n in geometry.left), "right": tuple(n - 1 for n in geometry.right)}
+        return replace(found, conv_map=replace(found.conv_map, geometry=replace(geometry, **sides)))
 
     return wrong
 

@@ -5,15 +5,18 @@ Names in here are node ids (:func:`fxmerge.graph.node_id`), so candidates surviv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from torch import nn
 
 from .algebra import Geometry
 from .errors import UserError
 from .regions import Series
 
-__all__ = ["METHODS", "Candidate", "Enumeration", "Limits", "Refusal", "Site"]
+__all__ = ["METHODS", "Candidate", "Enumeration", "Limits", "Refusal", "Site", "submodules"]
 
 METHODS = ("layermerge", "depth", "layer")
 """The paper's method and its two baselines: no convolution goes, and nothing merges."""
@@ -66,6 +69,25 @@ class Limits:
             return any(path == name or path.startswith((f"{name}.", f"{name}/", f"{name}#")) for name in names)
 
         return (not self.include or inside(self.include)) and not inside(self.exclude)
+
+
+def submodules(model: nn.Module, option: str, names: str | Iterable[str]) -> tuple[str, ...]:
+    """What ``include`` or ``exclude`` (``option``) name, as :class:`Limits` takes it.
+
+    Raises:
+        UserError: a name is no path of a submodule; the message has those that are close to it.
+    """
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)} if isinstance(model, nn.Module) else set()
+    for name in listed:
+        if name not in known or not name:
+            close = difflib.get_close_matches(str(name), known - {""}, n=3, cutoff=0.4)
+            hint = f"; close to it are {', '.join(map(repr, close))}" if close else ""
+            raise UserError(
+                f"{option} names {name!r}, which is no submodule of {type(model).__name__}{hint}. "
+                "Pass paths as model.named_modules() lists them."
+            )
+    return listed
 
 
 @dataclass(frozen=True, slots=True)

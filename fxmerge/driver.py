@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import time
@@ -19,7 +18,7 @@ from torch import fx, nn
 
 from .budget import Budget, parse_budget
 from .calibration import Batch, Calibration, read_calibration
-from .candidates import Candidate, Enumeration, Limits, Site
+from .candidates import Candidate, Enumeration, Limits, Site, submodules
 from .capture import capture
 from .checks import check_equal, distinct_inputs, outputs_of, own_error
 from .errors import BudgetError, PlanError, UnsupportedError, UserError
@@ -499,8 +498,8 @@ def frontier(
         max_span,
         max_kernel,
         exit_activation,
-        _submodules(model, "include", include),
-        _submodules(model, "exclude", exclude),
+        submodules(model, "include", include),
+        submodules(model, "exclude", exclude),
     )
     if fit not in _FITS:
         raise UserError(f"unknown fit {fit!r}; the known ones are {', '.join(_FITS)}")
@@ -524,21 +523,6 @@ def frontier(
     finally:
         if kept is not None:
             kept.close()
-
-
-def _submodules(model: nn.Module, option: str, names: str | Iterable[str]) -> tuple[str, ...]:
-    """Paths of submodules as a tuple; one that the model does not have is refused."""
-    listed = (names,) if isinstance(names, str) else tuple(names)
-    known = {path for path, _ in model.named_modules(remove_duplicate=False)} if isinstance(model, nn.Module) else set()
-    for name in listed:
-        if name not in known or not name:
-            close = difflib.get_close_matches(str(name), known - {""}, n=3, cutoff=0.4)
-            hint = f"; close to it are {', '.join(map(repr, close))}" if close else ""
-            raise UserError(
-                f"{option} names {name!r}, which is no submodule of {type(model).__name__}{hint}. "
-                "Pass paths as model.named_modules() lists them."
-            )
-    return listed
 
 
 def _set_up(

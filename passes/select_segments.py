@@ -99,4 +99,8 @@ def selection_problem(enumeration: Enumeration, latencies: LatencyTable, losses:
         loose = sum(latencies.kept.get(node_id(node), 0.0) for node in region.nodes if node not in inside)
         return Fork((Leaf(loose), *(chain(series) for series in region.children)))
 
-    return chain(enumeration.series[0])
+    tree = enumeration.series[0]
+    inside_tree = {node_id(node) for node in operations(tree)}
+    outside = sum(latency for name, latency in latencies.kept.items() if name not in inside_tree)
+    whole = chain(tree)
+    return Fork((Leaf(outside), whole)) if outside else whole  # convolutions that only compute side inputs

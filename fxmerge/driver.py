@@ -225,18 +225,9 @@ class Frontier:
             self._setup.runtime.name,
             self.unit,
             self.original,
-            self._table.end_to_end(self._total(entries)),
+            self._table.end_to_end(self._table.total(entry.candidate for entry in entries)),
             sum(entry.loss for entry in entries),
         )
-
-    def _total(self, entries: Iterable[PlanEntry]) -> float:
-        kept = dict(self._table.kept)
-        total = 0.0
-        for entry in entries:
-            for name in (*entry.candidate.kept, *entry.candidate.bypassed):
-                kept.pop(name, None)
-            total += self._table.of(entry.candidate)
-        return total + sum(kept.values())
 
     # --- installing and measuring ------------------------------------------------------------------------------------------
 
@@ -580,9 +571,10 @@ def _solve(
     with _stage(seconds, "analyse", "Listing candidates"):
         enumeration = enumerate_segments(base, setup.limits)
     with _stage(seconds, "measure", "Measuring layers"):
-        timer = runtime.build(merge_graph(base), *setup.example)
+        deployed = merge_graph(base)
+        timer = runtime.build(deployed, *setup.example)
         original = interleave([timer], measure_seconds, deterministic=runtime.deterministic)[0]
-        table = profile_latency(base, enumeration, runtime, setup.batch, original.latency, store)
+        table = profile_latency(base, enumeration, runtime, setup.batch, original.latency, store, deployed)
     # What is no faster than leaving the network alone is never chosen: do not spend time on scoring it.
     useful = tuple(site for site in enumeration.sites if table.of(site.candidate) < _replaced(site.candidate, table))
     worth = replace(enumeration, sites=useful)

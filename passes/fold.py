@@ -9,7 +9,8 @@
    (``costs-more``), what is shared, batch norms without running statistics, and padding modes other than zeros. The
    result's ``refusals`` say so.
 
-The pass works in place on a graph in eval mode: dropouts count as the identity. It needs the ids and shapes of a
+A folded convolution has the ids of those that it replaces under ``node.meta["fxmerge"]["made_of"]``. The pass works in
+place on a graph in eval mode: dropouts count as the identity. It needs the ids and shapes of a
 canonical graph, and leaves them. Each convolution is checked in float64 before it is installed: against the operations
 it replaces, on two random inputs of the segment's own entry shape, borders included, to 1e-10 of what varies between
 them. A segment whose tag no longer matches the graph, because somebody edited it, is refused by name. A second run
@@ -141,7 +142,7 @@ def _install(
     source = entry if sides is None else insert_pad(gm, entry, *sides)
     with gm.graph.inserting_before(exit_):
         new = gm.graph.call_module(path, (source,))
-        new.meta[META] = {**exit_.meta[META], "id": path}
+        new.meta[META] = {**exit_.meta[META], "id": path, "made_of": _convolutions(gm, inside)}
         for value, matrix in composed.sides.items():
             new = insert_side(gm, new, value, matrix.to(weight), f"{path}_side")
     exit_.replace_all_uses_with(new)
@@ -149,6 +150,10 @@ def _install(
         gm.graph.erase_node(node)
     gm.add_submodule(path, conv.eval())
     return new
+
+
+def _convolutions(gm: fx.GraphModule, inside: Collection[fx.Node]) -> list[str]:
+    return [node_id(node) for node in sorted(inside) if is_convolution(gm, node)]
 
 
 def _check(gm: fx.GraphModule, entry: fx.Node, exit_: fx.Node, composed: Composed, inside: Collection[fx.Node]) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from small_networks import captured, conv, head, images, lively, residual, small
+from small_networks import Add, captured, conv, head, images, lively, residual, small
 from torch import nn
 
+import fxmerge
 from fxmerge.candidates import Candidate
 from fxmerge.graph import clone, convolutions, node_id
 from fxmerge.passes import LatencyTable, ProfileLatencyPass
 from fxmerge.passes.enumerate_segments import enumerate_segments
 from fxmerge.passes.profile_latency import layer_signatures
+from fxmerge.plan import PlanEntry
 from fxmerge.runtimes import get_runtime
 from fxmerge.store import LatencyStore
 
@@ -124,7 +128,7 @@ def test_a_counted_table_adds_what_it_leaves_out():
 def test_a_network_without_convolutions_has_an_empty_table():
     gm = captured(lively(nn.Sequential(nn.Tanh(), nn.AvgPool2d(2))), images(2, 3, 4, 4))
     _, table = profile(gm, Fake(), original=3.0)
-    assert table == LatencyTable("ms", {}, {}, 3.0, 1.0, 0.0)
+    assert table == LatencyTable("ms", {}, {}, {}, 3.0, 1.0, 0.0)
 
 
 def test_profiling_changes_nothing():
@@ -134,3 +138,26 @@ def test_profiling_changes_nothing():
     profile(gm, Fake())
     assert gm.code == code
     assert all(torch.equal(tensor, before[name]) for name, tensor in gm.state_dict().items())
+
+
+def test_what_folds_without_loss_counts_as_it_is_deployed():
+    block = Add(conv(4, 4, act=False), Add(conv(4, 4, 1, act=False)))
+    net, x = lively(nn.Sequential(conv(3, 4), block, nn.ReLU(), conv(4, 4), conv(4, 8))), images(1, 3, 8, 8)
+    found = fxmerge.frontier(net, x, runtime="macs")
+    one = 9 * 4 * 4 * 64
+    assert found.original == 9 * 3 * 4 * 64 + 2 * one + 2 * one
+    assert found.points[-1] == (found.original, 0.0)
+    assert found.points[0][0] >= 0
+    for index in (0, len(found) // 2, len(found) - 1):
+        assert found.apply(found.plan(index)).report.measured == found.points[index][0]
+    assert found.at(1.0).predicted == found.original
+    bypassed = next(
+        c for c in (s.candidate for s in found.enumeration.sites) if c.kind == "bypass" and c.bypassed == ("3.0",)
+    )
+    only = found.apply(fxmerge.Plan.from_json(plan_of(found, bypassed)))
+    assert only.report.measured == only.plan.predicted == found.original - one
+
+
+def plan_of(found, candidate):
+    plan = found.at(1.0)
+    return dataclasses.replace(plan, entries=(PlanEntry(candidate, 0.0, 0.0),)).to_json()

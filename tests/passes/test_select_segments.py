@@ -64,7 +64,7 @@ def tables(gm, seed):
     kept = {node_id(node): rng.uniform(1, 3) for node, _ in convolutions(gm)}
     merged = {c: rng.uniform(0.5, 3) for c in candidates if c.kind == "merge"}
     losses = {c: rng.uniform(0, 2) for c in candidates}
-    return enumeration, LatencyTable("ms", kept, merged, 0.0, 1.0, 0.0), losses
+    return enumeration, LatencyTable("ms", kept, merged, {}, 0.0, 1.0, 0.0), losses
 
 
 def cost(table, losses, chosen):

@@ -10,6 +10,7 @@ from .capture import capture
 from .driver import Frontier, compress, fold, frontier
 from .errors import FxmergeError
 from .plan import Plan
+from .removable import register_removable
 from .report import Report
 from .result import Result, load
 from .save import export
@@ -29,4 +30,5 @@ __all__ = [
     "fold",
     "frontier",
     "load",
+    "register_removable",
 ]

@@ -205,8 +205,9 @@ def reestimate_batch_norms(
 ) -> int:
     """Set running statistics anew from forward passes, for the batch norms called by ``nodes`` alone.
 
-    They become averages over all batches (momentum None); modes and momenta are restored, everything else runs in eval
-    mode. A batch norm that the user keeps in eval mode is re-estimated as well: its input has changed.
+    They become averages over all batches, added up in float64: in half precision a running average would soon be too
+    coarse to change. Modes and momenta are restored, everything else runs in eval mode. A batch norm that the user keeps in
+    eval mode is re-estimated as well: its input has changed.
 
     Args:
         gm: a canonical graph.
@@ -225,17 +226,31 @@ def reestimate_batch_norms(
     }
     if not norms:
         return 0
-    modules = [module for module in norms.values() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    found = (module for module in norms.values() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    modules = list(dict.fromkeys(found))  # one that is called twice averages over both
     momenta = [module.momentum for module in modules]
     run = forward or (lambda batch: gm(*batch[0], **batch[1]))  # type: ignore[index]
+    totals: dict[nn.Module, list[Tensor]] = {
+        module: [torch.zeros_like(each, dtype=torch.float64) for each in _statistics(module)] for module in modules
+    }
+
+    def add_up(module: nn.Module, *_: Any) -> None:
+        for total, each in zip(totals[module], _statistics(module), strict=True):
+            total += each
+
+    hooks = [module.register_forward_hook(add_up) for module in modules]
     try:
         with eval_mode(gm), torch.no_grad():
             for module in modules:
                 module.reset_running_stats()
-                module.momentum = None
+                module.momentum = 1.0  # the statistics of one batch alone
                 module.train()
             for batch in batches:
                 run(batch)
+            for module in modules:
+                calls = int(module.get_buffer("num_batches_tracked"))
+                for total, each in zip(totals[module], _statistics(module), strict=True):
+                    each.copy_(total / calls if calls else each)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -245,9 +260,14 @@ def reestimate_batch_norms(
             "use larger calibration batches."
         ) from error
     finally:
-        for module, momentum in zip(modules, momenta, strict=True):
+        for module, momentum, hook in zip(modules, momenta, hooks, strict=True):
             module.momentum = momentum
+            hook.remove()
     return len(modules)
+
+
+def _statistics(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.get_buffer("running_mean"), module.get_buffer("running_var")
 
 
 def _is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:

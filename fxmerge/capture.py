@@ -1,4 +1,4 @@
-"""The one front end: ``torch.export`` and the canonicalise pass turn a model into a canonical graph."""
+"""The one front end: ``torch.export``, the canonicalise and the recognise pass turn a model into a canonical graph."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from .errors import CaptureError, UserError
 from .graph import CONVOLUTIONS, CanonicalGraph, graph_meta
 from .inputs import Example, batch_size, map_tensors, split_example, tensors, with_batch
+from .removable import tag_removable
 
 __all__ = ["capture"]
 
@@ -42,7 +43,8 @@ def capture(model: nn.Module, example_input: Example) -> fx.GraphModule:
         CaptureError: ``torch.export`` cannot trace the model; the message names the place.
 
     Warns:
-        UserWarning: a module branches on ``self.training``. The graph has its eval-mode branch only.
+        UserWarning: a module branches on ``self.training``. The graph has its eval-mode branch only. Or: a module whose
+            class is registered (:func:`fxmerge.register_removable`) cannot be removed.
 
     Example:
         >>> import torch, fxmerge
@@ -52,6 +54,7 @@ def capture(model: nn.Module, example_input: Example) -> fx.GraphModule:
         ['0', '1']
     """
     from .passes.canonicalise import canonicalise
+    from .passes.recognise import recognise
 
     if not isinstance(model, nn.Module):
         hint = f"; did you mean {model.__name__}()?" if isinstance(model, type) and issubclass(model, nn.Module) else ""
@@ -61,13 +64,18 @@ def capture(model: nn.Module, example_input: Example) -> fx.GraphModule:
     _warn_of_training_branches(model)
     if isinstance(model, CONVOLUTIONS):
         model = nn.Sequential(model).train(model.training)
+    if any(tensor.device.type == "meta" for tensor in tensors(args, kwargs)):
+        raise UserError("the example input is on the meta device and has no values. Pass real tensors.")
     args, kwargs = map_tensors(lambda tensor: tensor.detach().to(device), args, kwargs)
     with _eval_mode(model):
         _refuse_rejected(model, args, kwargs)
         program, dynamic = _export(model, args, kwargs)
         exported = program.module(check_guards=False)
     gm = CanonicalGraph(exported, exported.graph, type(model).__name__)
+    _refuse_autocast(gm, model)
     canonicalise(gm, model)
+    tag_removable(gm, model)
+    recognise(gm, model)
     graph_meta(gm)["dynamic_batch"] = dynamic
     return gm
 
@@ -86,6 +94,18 @@ def _only_device(model: nn.Module) -> torch.device:
         listed = ", ".join(f"{name!r} on {device}" for device, name in places.items())
         raise UserError(f"the model lies on several devices ({listed}). Move it to one: model.to(device).")
     return next(iter(places), torch.device("cpu"))
+
+
+def _refuse_autocast(gm: fx.GraphModule, model: nn.Module) -> None:
+    """What runs under autocast is one opaque call of an exported graph: nothing in it could be found."""
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.higher_order.wrap_with_autocast:
+            stack = list((node.meta.get("nn_module_stack") or {}).values())
+            where = f"{type(model).__name__}, in {stack[-1][0]!r}" if stack and stack[-1][0] else type(model).__name__
+            raise CaptureError(
+                f"{where} enters autocast in its forward pass, which hides its operations from torch.export. Pass the "
+                "module without it, and enter autocast around the result."
+            )
 
 
 @contextmanager

@@ -14,8 +14,7 @@ import re
 import sys
 import textwrap
 import zipfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from .errors import FxmergeError, StoreError, UserError
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
-    from .candidates import Enumeration
     from .inputs import Example
     from .plan import Plan
     from .result import Result
@@ -187,6 +185,12 @@ def _search_options() -> argparse.ArgumentParser:
         "--max-span", type=int, metavar="N", help="most convolutions in one merged segment (default 16)"
     )
     options.add_argument(
+        "--include", action="append", metavar="PATH", help="change nothing outside of this submodule; may be repeated"
+    )
+    options.add_argument(
+        "--exclude", action="append", metavar="PATH", help="change nothing inside of this submodule; may be repeated"
+    )
+    options.add_argument(
         "--exit-activation", action="store_true", help="allow an activation behind a merge whose exit has none"
     )
     return options
@@ -329,73 +333,20 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from .candidates import Limits
+    from .candidates import Limits, submodules
     from .capture import capture
+    from .inspection import inspection_json, inspection_text
     from .passes.enumerate_segments import enumerate_segments
-    from .regions import render
 
-    limits = Limits(**_searching(args))
+    searching = _searching(args)
+    Limits(**{**searching, "include": (), "exclude": ()})  # refuses before the network is captured
     source, example = _source(args)
+    for option in ("include", "exclude"):
+        searching[option] = submodules(_module(source), option, searching.get(option, ()))
+    limits = Limits(**searching)
     gm = capture(_module(source), example)
     enumeration = enumerate_segments(gm, limits)
-    tree = render(enumeration.series[0])
-    rows = _about_convolutions(gm, enumeration)
-    candidates = Counter(site.candidate.kind for site in enumeration.sites)
-    refusals = Counter(refusal.code for refusal in enumeration.refusals)
-    lines = [*_annotated(tree, rows), ""]
-    changeable = sum(1 for row in rows.values() if row["candidates"])
-    lines.append(f"convolutions: {len(rows)}, of which {changeable} could change")
-    lines.append(f"candidates:   {_counts(candidates.items())}")
-    lines.append(f"refusals:     {_counts(refusals.items())}")
-    totals = {"convolutions": len(rows), "candidates": candidates, "refusals": refusals}
-    _show(args, "\n".join(lines), {"tree": tree, "convolutions": list(rows.values()), "totals": totals})
-
-
-def _about_convolutions(gm: fx.GraphModule, enumeration: Enumeration) -> dict[str, dict[str, Any]]:
-    """What could become of every convolution, by name."""
-    from .graph import convolutions, node_id
-    from .linear import conv_geometry
-
-    rows: dict[str, dict[str, Any]] = {}
-    for node, module in convolutions(gm):
-        name, geometry = node_id(node), str(conv_geometry(module))
-        rows[name] = {"name": name, "geometry": geometry, "candidates": Counter(), "merges_with": [], "refusals": []}
-    for site in enumeration.sites:
-        candidate = site.candidate
-        members = [*candidate.kept, *candidate.bypassed]
-        for name in members:
-            rows[name]["candidates"][candidate.kind] += 1
-            if candidate.kind == "merge":
-                others = rows[name]["merges_with"]
-                others += [other for other in members if other != name and other not in others]
-    order = list(rows)
-    for row in rows.values():
-        row["merges_with"].sort(key=order.index)
-    for refusal in enumeration.refusals:
-        row = rows[refusal.convolution]
-        row["refusals"].append({"code": refusal.code, "node": refusal.node, "reason": refusal.reason})
-    return rows
-
-
-def _annotated(tree: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The lines of a rendered tree, each convolution followed by what is known about it."""
-    loose = dict(rows)
-    for line in tree.splitlines():
-        yield line
-        row = loose.pop(line.strip().rpartition(" ")[0], None)
-        if row is not None:
-            yield from _about(row, len(line) - len(line.lstrip()) + 4)
-    for name, row in loose.items():
-        yield f"{name}, in a Mesh"
-        yield from _about(row, 4)
-
-
-def _about(row: Mapping[str, Any], indent: int) -> Iterator[str]:
-    options = _counts(row["candidates"].items()) if row["candidates"] else "no candidate"
-    partners = f", with {', '.join(row['merges_with'])}" if row["merges_with"] else ""
-    yield from _wrap(f"{row['geometry']}: {options}{partners}", indent)
-    for refusal in row["refusals"]:
-        yield from _wrap(f"not at {refusal['node']} [{refusal['code']}]: {refusal['reason']}", indent)
+    _show(args, inspection_text(gm, enumeration), inspection_json(gm, enumeration))
 
 
 # --- what commands share ----------------------------------------------------------------------------------------------
@@ -509,7 +460,7 @@ def _random(shape: tuple[int, ...], dtype: str | None, model: nn.Module) -> Tens
 
 
 def _searching(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("method", "max_kernel", "max_span", "exit_activation")
+    names = ("method", "max_kernel", "max_span", "include", "exclude", "exit_activation")
     return {name: getattr(args, name) for name in names if name in args}
 
 
@@ -579,15 +530,8 @@ def _operations(gm: fx.GraphModule) -> int:
     return sum(1 for node in gm.graph.nodes if node.op in ("call_module", "call_function"))
 
 
-def _counts(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts) or "none"
-
-
-def _wrap(text: str, indent: int = 0) -> list[str]:
-    pad = " " * indent
-    return textwrap.wrap(
-        text, _COLUMNS, initial_indent=pad, subsequent_indent=f"{pad}  ", break_long_words=False, break_on_hyphens=False
-    )
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, _COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _show(args: argparse.Namespace, text: str, data: Mapping[str, Any]) -> None:

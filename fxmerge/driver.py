@@ -271,11 +271,8 @@ class Frontier:
             self._installed = None  # handed out: the user may change it
         with _stage(seconds, "check", "Checking the merged network"):
             checked = check_equal(model, merged, self._inputs, self._rounding)
-        if not checked.checkable:
-            notes = (
-                *notes,
-                f"only {checked.dependence:.1e} of the outputs depends on the input: not checkable end to end",
-            )
+        if checked.caveat:
+            notes = (*notes, checked.caveat)
         report = Report(
             data=_about_data(setup.calibration, setup.estimator),
             notes=(*setup.notes, *notes),

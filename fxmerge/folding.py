@@ -275,7 +275,7 @@ class _Search:
                 total = first if stop == start + 1 else self._then(total, steps[stop - 1])
                 if total is None:
                     break
-                if total.cost and total.saved > 0 and _stands_alone(total) and self._pays(total):
+                if total.cost and total.saved > 0 and _is_closed(total) and self._holds(total) and self._pays(total):
                     yield start, stop, total
 
     def _step(self, entry: fx.Node | None, region: Region) -> Run | None:
@@ -323,6 +323,14 @@ class _Search:
             return None
         return Run(first.entry, second.exit, nodes, conv_map, first.cost + second.cost)
 
+    def _holds(self, run: Run) -> bool:
+        """Whether a convolution can be padded as the run is: with zeros."""
+        if not (run.conv_map.geometry.is_padded and bool(run.conv_map.pad_value.any())):
+            return True
+        reason = "one convolution would have to pad with a value of its own for each channel, not with zeros"
+        self._refuse("inner-padding", run.nodes, reason)
+        return False
+
     def _pays(self, run: Run) -> bool:
         if run.folded_cost <= run.cost:
             return True
@@ -339,10 +347,9 @@ class _Search:
         self.refusals.setdefault((first, nodes[-1]), refusal)
 
 
-def _stands_alone(run: Run) -> bool:
-    """Whether nobody else reads a value inside, and a convolution can hold what it is padded with."""
-    closed = all(reader in run.nodes for node in run.nodes if node is not run.exit for reader in node.users)
-    return closed and not (run.conv_map.geometry.is_padded and bool(run.conv_map.pad_value.any()))
+def _is_closed(run: Run) -> bool:
+    """Whether nobody else reads a value inside."""
+    return all(reader in run.nodes for node in run.nodes if node is not run.exit for reader in node.users)
 
 
 def _cheapest(runs: Iterable[tuple[int, int, Run]], length: int) -> list[tuple[int, int, Run]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import operator
 import warnings
 from collections import Counter
@@ -296,7 +297,7 @@ def refuse_other_structure(expected: tuple[str, ...], gm: fx.GraphModule) -> Non
 
 def device_of(gm: nn.Module) -> torch.device:
     """The device of the first parameter or buffer (the CPU where there is none)."""
-    return next((tensor.device for tensor in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
+    return next((tensor.device for tensor in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))
 
 
 def dtype_of(gm: nn.Module) -> torch.dtype:

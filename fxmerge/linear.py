@@ -71,7 +71,7 @@ REMOVABLE: tuple[type[nn.Module], ...] = (
 FREE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
 """Modules that are the identity once the network is deployed."""
 
-IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardshrink)
+IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardshrink, nn.Threshold)
 """Activations that change nothing when applied twice."""
 
 NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -263,27 +263,39 @@ def _spread(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
 
 def _function(node: fx.Node) -> Meaning:
     if is_tensor(node) and len(shape_of(node)) >= 3:
+        if node.target in _COPIES or (node.target is _aten.slice.Tensor and _keeps_all(node)):
+            return Removable(free=True)
         for recognise in (_padding, _affine, _selection, _filter):
             found = recognise(node)
             if found is not None:
                 return found
-        if node.target in _COPIES or (node.target is _aten.slice.Tensor and _keeps_all(node)):
-            return Removable(free=True)
     name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
     return Barrier("not-linear", f"{name} is no affine shift-equivariant map of one value")
 
 
 def _padding(node: fx.Node) -> Meaning | None:
     sides = pad_sides(node)
-    return None if sides is None else Linear(_identity(node).padded(*sides))
+    if sides is not None:
+        return Linear(_identity(node).padded(*sides))
+    if node.target in _PADS and len(node.args) > 2 and node.args[2] not in _ZEROS:
+        return Barrier("padding-mode", f"it pads with {node.args[2]!r}, not zeros")
+    return None
+
+
+_ZEROS = ("constant", 0, 0.0, None)
 
 
 def pad_sides(node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """How much a zero padding adds before and after each spatial axis, None for other operations; below 0 it crops."""
+    """How much a zero padding adds before and after each spatial axis, None for other operations; below 0 it crops.
+
+    A slice of neighbouring positions is a crop.
+    """
+    if node.target is _aten.slice.Tensor and is_tensor(node):
+        return _slice_sides(node)
     if node.target not in _PADS or not is_tensor(node) or node.kwargs or len(node.args) < 2:
         return None
     amounts, options = node.args[1], node.args[2:]
-    if not isinstance(amounts, (list, tuple)) or any(option not in ("constant", 0, 0.0, None) for option in options):
+    if not isinstance(amounts, (list, tuple)) or any(option not in _ZEROS for option in options):
         return None
     dims = len(shape_of(node)) - 2
     sides = [side for side in amounts if isinstance(side, int)]
@@ -291,6 +303,26 @@ def pad_sides(node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         return None
     sides += [0] * (2 * dims - len(sides))
     return tuple(reversed(sides[0::2])), tuple(reversed(sides[1::2]))
+
+
+def _slice_sides(node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    source = source_of(node)
+    bounds = [*node.args[2:], None, None, None][:3]
+    axis = node.args[1] if len(node.args) > 1 else 0
+    if node.kwargs or not is_tensor(source) or not isinstance(axis, int) or not all(_is_bound(each) for each in bounds):
+        return None
+    size = shape_of(source)
+    axis %= len(size)
+    chosen = range(size[axis])[slice(*bounds)]  # type: ignore[arg-type]
+    if axis < 2 or not chosen or chosen.step != 1:
+        return None
+    left, right = [0] * (len(size) - 2), [0] * (len(size) - 2)
+    left[axis - 2], right[axis - 2] = -chosen.start, chosen.stop - size[axis]
+    return tuple(left), tuple(right)
+
+
+def _is_bound(value: object) -> bool:
+    return value is None or isinstance(value, int)
 
 
 _Numbers: TypeAlias = "tuple[Tensor | float, Tensor | float]"
@@ -359,7 +391,7 @@ def _slice_of_channels(node: fx.Node) -> range | None:
         return None
     bounds = node.args[2:]
     channels = shape_of(source_of(node))[1]
-    if not all(isinstance(bound, int) or bound is None for bound in bounds):
+    if not all(map(_is_bound, bounds)):
         return None
     return range(channels)[slice(*(*bounds, None, None)[:3])]  # type: ignore[arg-type]
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from .candidates import Candidate, Enumeration, Site
+from .candidates import Candidate, Enumeration, Refusal, Site
 from .errors import StoreError
-from .graph import convolutions, node_id
+from .graph import between, by_id, convolutions, node_id
+from .inspection import legend, unexplained
+from .linear import Side, meaning
 from .plan import Plan, format_latency
 
 __all__ = ["Decision", "Report", "Size", "decide", "size_of"]
+
+_COLUMNS = 100
+_NAME = 40
+"""Characters of the column of names; a longer name has a line of its own."""
+_LISTED = 3
+"""Names that a sentence lists before it says how many more there are."""
+_OBSTACLE = re.compile(r"; refused \[([\w-]+)\] at (\S+): ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +121,37 @@ class Report:
             f"refusals:     {_counts(self.refusals)}",
             f"merged against trainable form: error {self.error:.1e}, allowed {self.error_allowed:.1e}",
             f"seconds:      {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in self.seconds.items())}",
-            "",
-            *(f"  {d.decision:<8} {d.convolution}: {d.reason}" for d in self.decisions),
         ]
-        return "\n".join(lines)
+        wrapped = (piece for line in lines for piece in _wrap(line, "", " " * 14))
+        return "\n".join([*wrapped, "", *_table(self.decisions)])
 
     def __repr__(self) -> str:
         return (
             f"Report({format_latency(self.original, self.unit)} -> {format_latency(self.measured, self.unit)}, "
             f"{self.before.convolutions} -> {self.after.convolutions} convolutions)"
         )
+
+
+def _table(decisions: Sequence[Decision]) -> Iterator[str]:
+    """The decisions in columns, with the code and the place of every refusal, and a legend of the codes."""
+    names = max((len(each.convolution) for each in decisions), default=0)
+    column = min(names, _NAME)
+    refusals: list[Refusal] = []
+    for each in decisions:
+        what, *parts = _OBSTACLE.split(each.reason)
+        obstacles = zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
+        found = [Refusal(code, each.convolution, node, sentence) for code, node, sentence in obstacles]
+        refusals += found
+        places = [r.code if r.node == r.convolution else f"{r.code} at {r.node}" for r in found]
+        start = f"{each.decision:<7}  {each.convolution:<{column}}  "
+        rest = " " * (7 + 2 + column + 2)
+        if len(each.convolution) > column:
+            yield start.rstrip()
+            start = rest
+        yield from _wrap("; ".join([what, *_some(places)]), start, rest)
+    if refusals:
+        yield ""
+        yield from legend(refusals, _COLUMNS)
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -134,13 +166,14 @@ def size_of(gm: fx.GraphModule) -> Size:
 def decide(gm: fx.GraphModule, enumeration: Enumeration, useful: Sequence[Site], plan: Plan) -> tuple[Decision, ...]:
     """What became of every convolution of the original, and why; ``useful`` are the sites that were up for choice."""
     fates: dict[str, Decision] = {}
+    nodes = by_id(gm)
     for candidate in plan.candidates:
-        for name, decision, reason in _fates(candidate):
+        for name, decision, reason in _fates(candidate, _side_inputs(gm, nodes, candidate)):
             fates[name] = Decision(name, decision, reason)
     options, slower = _by_convolution(useful), _by_convolution(enumeration.sites)
-    refused: dict[str, list[str]] = {}
+    refused: dict[str, list[Refusal]] = {name: [each] for name, each in unexplained(gm, enumeration).items()}
     for refusal in enumeration.refusals:
-        refused.setdefault(refusal.convolution, []).append(f"[{refusal.code}] at {refusal.node}: {refusal.reason}")
+        refused.setdefault(refusal.convolution, []).append(refusal)
     return tuple(
         fates.get(name) or Decision(name, "kept", _why_kept(options[name], slower[name], refused.get(name, ())))
         for name in (node_id(node) for node, _ in convolutions(gm))
@@ -154,30 +187,59 @@ def _by_convolution(sites: Sequence[Site]) -> Counter[str]:
     return counts
 
 
-def _fates(candidate: Candidate) -> list[tuple[str, str, str]]:
+def _side_inputs(gm: fx.GraphModule, nodes: Mapping[str, fx.Node], candidate: Candidate) -> list[str]:
+    """What a merge adds behind its convolution: values that were added inside the segment."""
+    if candidate.kind != "merge":
+        return []
+    inside = between(nodes[candidate.entry], nodes[candidate.exit])
+    found = (meaning(gm, node, frozenset()) for node in sorted(inside))
+    return [node_id(what.value) for what in found if isinstance(what, Side)]
+
+
+def _fates(candidate: Candidate, sides: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     if candidate.kind == "merge":
         where = f"into {candidate.geometry}"
-        merged = [(name, "merged", f"{where} with {_others(candidate.kept, name)}") for name in candidate.kept]
-        return merged + [
-            (name, "removed", f"replaced by the identity in the merge {where}") for name in candidate.bypassed
-        ]
-    if candidate.kind == "drop":
-        return [(name, "dropped", f"its branch to {candidate.exit} is gone") for name in candidate.bypassed]
-    return [(name, "removed", "replaced by the identity") for name in candidate.bypassed]
+        behind = [f"norm {candidate.norm} returns behind it"] if candidate.norm else []
+        behind += [f"side input {side} is added behind it" for side in sides]
+        for name in candidate.kept:
+            yield name, "merged", "; ".join([f"{where} with {_others(candidate.kept, name)}", *behind])
+        for name in candidate.bypassed:
+            yield name, "removed", f"replaced by the identity in the merge {where}"
+        return
+    for name in candidate.bypassed:
+        if candidate.kind == "drop":
+            yield name, "dropped", f"its branch to {candidate.exit} is gone"
+        else:
+            yield name, "removed", "replaced by the identity"
 
 
 def _others(names: Sequence[str], name: str) -> str:
     others = [other for other in names if other != name]
-    return ", ".join(others) if others else "its skip or what was removed around it"
+    return ", ".join(_some(others)) if others else "its skip or what was removed around it"
 
 
-def _why_kept(options: int, listed: int, refused: Sequence[str]) -> str:
+def _why_kept(options: int, listed: int, refused: Sequence[Refusal]) -> str:
     if options:
-        reason = f"{options} candidates would change it, none of them in the best plan for this budget"
+        reason = f"{_candidates(options)}, none in the best plan"
     elif listed:
-        reason = f"none of the {listed} candidates that would change it is faster than leaving it alone"
-    elif refused:
-        reason = "no candidate"
+        reason = f"{_candidates(listed)}, none faster than leaving it alone"
     else:
-        reason = "no candidate: it has no neighbour to merge with and cannot be removed"
-    return "; ".join([reason, *(f"refused {obstacle}" for obstacle in refused)])
+        reason = "no candidate"
+    return "".join([reason, *(f"; refused [{each.code}] at {each.node}: {each.reason}" for each in refused)])
+
+
+def _candidates(count: int) -> str:
+    return "1 candidate" if count == 1 else f"{count} candidates"
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    """The first few names; of one more than that, all."""
+    if len(names) <= _LISTED + 1:
+        return list(names)
+    return [*names[:_LISTED], f"{len(names) - _LISTED} more"]
+
+
+def _wrap(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(
+        text, _COLUMNS, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .calibration import Batch
 from .checks import check_equal, distinct_inputs
@@ -71,10 +71,16 @@ class Result:
 
 
 def merge_graph(model: fx.GraphModule) -> fx.GraphModule:
-    """A folded copy in eval mode; the tags of relaxed segments become convolutions, and what is exact to fold is folded."""
+    """A folded copy in eval mode; the tags of relaxed segments become convolutions, and what is exact to fold is folded.
+
+    A randomised ReLU becomes the leaky one that it is in eval mode: ONNX has no other.
+    """
     from .passes.fold import FoldPass
 
     merged: fx.GraphModule = FoldPass()(clone(model).eval()).graph_module
+    for path, module in list(merged.named_modules()):
+        if isinstance(module, nn.RReLU):
+            merged.set_submodule(path, nn.LeakyReLU((module.lower + module.upper) / 2).eval())
     return merged
 
 

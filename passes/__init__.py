@@ -18,6 +18,7 @@ from fxmerge.passes.canonicalise import CanonicalisePass
 from fxmerge.passes.enumerate_segments import EnumerateSegmentsPass, EnumerationResult
 from fxmerge.passes.fold import FoldPass, FoldResult
 from fxmerge.passes.profile_latency import LatencyTable, ProfileLatencyPass, ProfileResult
+from fxmerge.passes.recognise import RecognisePass
 from fxmerge.passes.relax import RelaxPass
 from fxmerge.passes.score_importance import ScoreImportancePass, ScoreResult
 from fxmerge.passes.select_segments import SelectResult, SelectSegmentsPass
@@ -33,6 +34,7 @@ __all__ = [
     "PassResult",
     "ProfileLatencyPass",
     "ProfileResult",
+    "RecognisePass",
     "RelaxPass",
     "ScoreImportancePass",
     "ScoreResult",

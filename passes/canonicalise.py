@@ -5,14 +5,20 @@ What the pass does to the graph of ``torch.export.export(...).module(check_guard
 1. An in-place operator becomes the functional one, and later readers of the overwritten value read the new one.
 2. Case 1 does not apply where it could be seen: the operator writes an input or a parameter, or a view of the same
    storage taken before is read after. Every value of that storage is then marked ``opaque``: no rewrite may touch it.
-3. A convolution, linear or norm whose weight is a Parameter of the innermost module it was called in becomes a
-   ``call_module`` of a new ``torch.nn`` module that shares that Parameter, under the user's name. Weights computed on
-   the way stay functions, and so does a second call with other options.
-4. An activation, dropout or pool becomes a module of its own for every call: the user's name where it is the first call
-   of a module without children, a generated name otherwise.
-5. ``sym_size`` is read from an input wherever the input has the same size, so that a value can be removed later.
-6. A non-tensor input is compared with the constant it was at capture.
-7. Buffers that are not in the model's ``state_dict``, and constants, stay out of the graph's.
+3. A zero padding whose border is overwritten, strip by strip, with one value per channel v becomes
+   ``pad(x - v) + v``. The strips are slices that nothing else reads, all of them are written, all with the same v
+   (a tensor with one element per channel, or a number), and none of this is changed on the way. Else case 2 holds.
+4. A convolution, linear or norm (batch, instance, group, layer) whose weight or statistics are those of the innermost
+   module it was called in becomes a ``call_module`` of a new ``torch.nn`` module that shares them, under the user's
+   name. Weights computed on the way stay functions, and so does a second call with other options.
+5. An activation, dropout, pool, channel shuffle or norm without tensors becomes a module of its own for every call: the
+   user's name where it is the first call of a module without children, a generated name otherwise. Activations have
+   many spellings: ``clamp(min=0)`` and ``maximum(x, 0)`` are ReLU, ``clamp(0, 6)`` is ReLU6 and with other bounds
+   Hardtanh (only the derivative at the very bounds differs), ``rrelu`` is RReLU unless it draws random slopes in eval
+   mode too. A ``clamp`` with one bound other than 0 stays a function: it guards more often than it activates.
+6. ``sym_size`` is read from an input wherever the input has the same size, so that a value can be removed later.
+7. A non-tensor input is compared with the constant it was at capture.
+8. Buffers that are not in the model's ``state_dict``, and constants, stay out of the graph's.
 
 Needs: the model the graph was exported from (for momentum, tracked statistics and training flags). Leaves in
 ``node.meta["fxmerge"]``: ``id``, and for tensors ``shape`` and ``dtype``, ``opaque`` where case 2 held. A second run
@@ -24,7 +30,6 @@ from __future__ import annotations
 __all__ = ["CanonicalisePass", "canonicalise"]
 
 import operator
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +37,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxmerge.graph import META, shape_of
+from fxmerge.graph import META, is_tensor, shape_of
 from fxmerge.passes._base import GraphPass
+from fxmerge.passes._in_place import constant, functionalise, lift_borders
+from fxmerge.passes._modules import Names, attach, innermost, name_nodes
 
 _aten = torch.ops.aten
 _Options = dict[str, Any]
@@ -59,14 +66,16 @@ def canonicalise(gm: fx.GraphModule, model: nn.Module) -> bool:
     """Rewrite ``gm`` in place as the module docstring says; True if anything changed."""
     before = _nodes(gm)
     _record_values(gm)
-    _functionalise(gm)
+    lift_borders(gm, model)
+    functionalise(gm)
     _read_sizes_from_inputs(gm)
+    _respell(gm, model)
     _Modules(gm, model).install()
     _check_constants(gm)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     _adopt_state(gm, model)
-    _name(gm)
+    name_nodes(gm)
     gm.graph.lint()
     gm.recompile()
     return before != _nodes(gm)
@@ -86,74 +95,6 @@ def _record_values(gm: fx.GraphModule) -> None:
             node.meta[META] = {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
         elif isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
             node.meta[META] = {"parts": len(value)}
-
-
-# --- in-place operators -----------------------------------------------------------------------------------------------
-
-
-def _functionalise(gm: fx.GraphModule) -> None:
-    storages = _storages(gm)
-    order = {node: position for position, node in enumerate(gm.graph.nodes)}
-    for node in list(gm.graph.nodes):
-        written = _written(node)
-        if written is None:
-            continue
-        family = [other for other in order if storages[other] == storages[written]]
-        functional = _functional(node)
-        if functional is None or not _unseen(node, written, family, order):
-            for other in family:
-                other.meta.setdefault(META, {})["opaque"] = True
-            continue
-        for reader in list(written.users):
-            if order[reader] > order[node]:
-                reader.replace_input_with(written, node)
-        node.target = functional
-        later = [other for other in family if order[other] >= order[node]]
-        storages.update(dict.fromkeys(later, node))
-
-
-def _written(node: fx.Node) -> fx.Node | None:
-    """The value that an operator overwrites."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    values = {**dict(zip(_parameters(node.target), node.args, strict=False)), **node.kwargs}
-    for argument in node.target._schema.arguments:
-        value = values.get(argument.name)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-            return value
-    return None
-
-
-def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
-    """``aten.relu_`` -> ``aten.relu``; None where there is no functional twin."""
-    packet, _, overload = str(node.target).removeprefix("aten.").partition(".")
-    twin = getattr(getattr(_aten, packet.removesuffix("_"), None), overload, None) if packet.endswith("_") else None
-    return twin if isinstance(twin, torch._ops.OpOverload) else None
-
-
-def _unseen(node: fx.Node, written: fx.Node, family: list[fx.Node], order: dict[fx.Node, int]) -> bool:
-    """Whether nobody can tell the in-place operator from the functional one."""
-    if any(other.op in ("placeholder", "get_attr") for other in family):
-        return False
-    earlier = [other for other in family if order[other] < order[node] and other is not written]
-    return not any(order[reader] > order[node] for other in earlier for reader in other.users)
-
-
-def _storages(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """The first value of the storage that each value lives in, by the alias annotations of the operators' schemas."""
-    roots: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        roots[node] = node
-        source = node.args[0] if node.args else None
-        if isinstance(source, fx.Node) and (node.target is operator.getitem or node.target in _DROPOUTS):
-            roots[node] = roots[source]  # a dropout of an eval-mode graph hands its input through
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
-            if argument.alias_info is not None and isinstance(value, fx.Node):
-                roots[node] = roots[value]
-                break
-    return roots
 
 
 # --- symbolic sizes and constants -------------------------------------------------------------------------------------
@@ -188,6 +129,28 @@ def _check_constants(gm: fx.GraphModule) -> None:
             equal.append(gm.graph.create_node("call_function", torch._assert, (equal, message)))
 
 
+# --- spellings --------------------------------------------------------------------------------------------------------
+
+
+def _respell(gm: fx.GraphModule, model: nn.Module) -> None:
+    """Write activations that have no operator of their own as one that has."""
+    for node in gm.graph.nodes:
+        source: Any = node.args[0] if node.args else None
+        if node.target in (_aten.maximum.default, _aten.max.other):
+            for value, other in (node.args, reversed(node.args)):
+                if _is_like(value, node) and "opaque" not in other.meta[META] and constant(gm, model, other) == 0:
+                    node.target, node.args = _aten.relu.default, (value,)
+                    break
+        elif (
+            node.target is operator.getitem and source.target is _aten.log_sigmoid_forward.default and not node.args[1]
+        ):
+            node.target, node.args = _aten.log_sigmoid.default, source.args
+
+
+def _is_like(value: fx.Node, other: fx.Node) -> bool:
+    return is_tensor(value) and all(value.meta[META][key] == other.meta[META][key] for key in ("shape", "dtype"))
+
+
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
@@ -199,8 +162,12 @@ def _parameterised(node: fx.Node, options: _Options, owner: Any) -> nn.Module | 
     """The module of an operator with a weight, whose tensors are the owner's; None where none fits."""
     operation = node.target
     weight, biased = options["weight"], options.get("bias") is not None
-    if operation is _aten.batch_norm.default:
-        return _batch_norm(shape_of(node), options, owner)
+    if operation in _STATISTICS_NORMS:
+        return _statistics_norm(node, options, owner)
+    if operation is _aten.group_norm.default:
+        channels, affine = shape_of(node)[1], weight is not None
+        same = affine == biased
+        return nn.GroupNorm(options["num_groups"], channels, options["eps"], affine, device="meta") if same else None
     if weight is None:
         return None
     if operation is _aten.linear.default:
@@ -209,9 +176,6 @@ def _parameterised(node: fx.Node, options: _Options, owner: Any) -> nn.Module | 
         return nn.PReLU(weight.numel(), device="meta")
     if operation is _aten.layer_norm.default:
         return nn.LayerNorm(options["normalized_shape"], options["eps"], bias=biased, device="meta")
-    if operation is _aten.group_norm.default:
-        groups = options["num_groups"]
-        return nn.GroupNorm(groups, weight.numel(), options["eps"], device="meta") if biased else None
     return _CONVOLUTIONS[operation](
         weight.shape[1] * options["groups"],
         weight.shape[0],
@@ -225,13 +189,15 @@ def _parameterised(node: fx.Node, options: _Options, owner: Any) -> nn.Module | 
     )
 
 
-def _batch_norm(shape: tuple[int, ...], options: _Options, owner: Any) -> nn.Module | None:
+def _statistics_norm(node: fx.Node, options: _Options, owner: Any) -> nn.Module | None:
     tracked = options["running_mean"] is not None
-    # In an eval-mode graph the batch's statistics stand for missing ones; elsewhere they are no torch.nn batch norm.
-    if (options["weight"] is None) != (options["bias"] is None) or options["training"] == tracked:
+    from_input = options.get("training", options.get("use_input_stats"))
+    kind = _STATISTICS_NORMS[node.target].get(len(shape_of(node)))
+    # In an eval-mode graph the input's statistics stand for missing ones; elsewhere they are no norm of torch.nn.
+    if kind is None or (options["weight"] is None) != (options["bias"] is None) or from_input == tracked:
         return None
-    module = _BATCH_NORMS[len(shape)](
-        shape[1],
+    module: nn.Module = kind(
+        shape_of(node)[1],
         eps=options["eps"],
         momentum=getattr(owner, "momentum", options["momentum"]),
         affine=options["weight"] is not None,
@@ -243,6 +209,21 @@ def _batch_norm(shape: tuple[int, ...], options: _Options, owner: Any) -> nn.Mod
         module.running_mean, module.running_var = options["running_mean"], options["running_var"]
         module.num_batches_tracked = torch.zeros((), dtype=torch.long) if counter is None else counter
     return module
+
+
+def _clamp(node: fx.Node, options: _Options) -> nn.Module | None:
+    low, high = options.get("min", options.get("min_val")), options.get("max", options.get("max_val"))
+    if low is None or "float" not in node.meta[META]["dtype"]:
+        return None
+    if high is None:
+        return nn.ReLU() if low == 0 else None
+    if (low, high) == (0, 6):
+        return nn.ReLU6()
+    return nn.Hardtanh(low, high) if low < high else None
+
+
+def _rrelu(lower: float, upper: float, training: bool, **_: object) -> nn.Module | None:
+    return None if training else nn.RReLU(lower, upper)
 
 
 def _elu(alpha: float, scale: float, input_scale: float) -> nn.Module | None:
@@ -261,16 +242,16 @@ _CONVOLUTIONS: dict[Any, Callable[..., nn.Module]] = {
     for packet, kind in ((_aten.conv1d, nn.Conv1d), (_aten.conv2d, nn.Conv2d), (_aten.conv3d, nn.Conv3d))
     for overload in (packet.default, packet.padding)
 }
-_BATCH_NORMS: dict[int, Callable[..., nn.Module]] = {
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
+_STATISTICS_NORMS: dict[Any, dict[int, Callable[..., Any]]] = {
+    _aten.batch_norm.default: {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d},
+    _aten.instance_norm.default: {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d},
 }
+"""Norms with statistics, by the number of axes they work on."""
+
 _PARAMETERISED = {
     *_CONVOLUTIONS,
+    *_STATISTICS_NORMS,
     _aten.linear.default,
-    _aten.batch_norm.default,
     _aten.layer_norm.default,
     _aten.group_norm.default,
     _aten.prelu.default,
@@ -290,8 +271,12 @@ _OWN: dict[Any, Callable[..., nn.Module | None]] = {
     _aten.celu.default: nn.CELU,
     _aten.selu.default: nn.SELU,
     _aten.softplus.default: nn.Softplus,
-    _aten.hardtanh.default: nn.Hardtanh,
     _aten.log_sigmoid.default: nn.LogSigmoid,
+    _aten.threshold.default: nn.Threshold,
+    _aten.hardshrink.default: nn.Hardshrink,
+    _aten.softshrink.default: nn.Softshrink,
+    _aten.rrelu.default: _rrelu,
+    _aten.channel_shuffle.default: nn.ChannelShuffle,
     _aten.max_pool1d.default: nn.MaxPool1d,
     _aten.max_pool2d.default: nn.MaxPool2d,
     _aten.max_pool3d.default: nn.MaxPool3d,
@@ -304,44 +289,45 @@ _OWN: dict[Any, Callable[..., nn.Module | None]] = {
 }
 """Operators whose options are, by name, the constructor arguments of a module."""
 
+_CLAMPS = (_aten.hardtanh.default, _aten.clamp.default, _aten.clip.default, _aten.clamp_min.default)
 _DROPOUTS: dict[Any, Callable[..., nn.Module] | None] = {
     _aten.dropout.default: nn.Dropout,
     _aten.alpha_dropout.default: nn.AlphaDropout,
     _aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
     _aten.feature_dropout.default: None,
 }
+_WITHOUT_TENSORS = {*_OWN, *_CLAMPS, *_DROPOUTS}
 _FEATURE_DROPOUTS: dict[int, Callable[..., nn.Module]] = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}
 
 
 class _Modules:
-    """Builds the modules of one graph; holds what naming them needs."""
+    """Builds the modules of one graph."""
 
     def __init__(self, gm: fx.GraphModule, model: nn.Module) -> None:
         self.gm = gm
-        self.model = model
-        self.users = dict(model.named_modules(remove_duplicate=False))
-        self.taken = {*self.users, *model.state_dict(keep_vars=True)}
+        self.names = Names(model)
         self.built: dict[str, nn.Module] = {}
         self.calls: dict[str, tuple[object, ...]] = {}
-        self.containers = {name for name, _ in gm.named_modules(remove_duplicate=False)}
 
     def install(self) -> None:
         """Replace every operator that has a module, then put the modules into the graph module."""
         for node in list(self.gm.graph.nodes):
-            if node.op != "call_function":
+            if node.target not in _PARAMETERISED and node.target not in _WITHOUT_TENSORS:
                 continue
-            if node.target in _PARAMETERISED:
-                self._install_parameterised(node)
-            elif node.target in _OWN or node.target in _DROPOUTS:
-                self._install_own(node)
+            options = self._options(node)
+            if options is None:
+                continue
+            if any(isinstance(value, Tensor) for value in options.values()):
+                self._install_parameterised(node, options)
+            else:
+                self._install_own(node, options)
         for path, module in self.built.items():
-            self._attach(path, module)
+            attach(self.gm, path, module)
 
-    def _install_parameterised(self, node: fx.Node) -> None:
-        """Case 3: the operator's weight and statistics must be the innermost user module's own."""
-        path, options = _innermost(node), self._options(node)
-        owner = self.users.get(path)
-        if not path or owner is None or options is None:
+    def _install_parameterised(self, node: fx.Node, options: _Options) -> None:
+        """Case 4: the operator's weight and statistics must be the innermost user module's own."""
+        path, owner = innermost(node), self.names.owner(node)
+        if not path or path not in self.names.users:
             return
         for name in ("weight", "bias", "running_mean", "running_var"):
             value = options.get(name)
@@ -359,27 +345,26 @@ class _Modules:
                     setattr(module, name, options[name])
             module.training = owner.training
             self.built[path], self.calls[path] = module, call
-        if self.calls[path] == call:
-            self._replace(node, path)
+            self.names.used.add(path)
+        if self.calls.get(path) == call:
+            _call(node, path)
 
-    def _install_own(self, node: fx.Node) -> None:
-        """Case 4: a module for this call alone."""
-        options = self._options(node)
-        if options is None:
-            return
-        if "kernel_size" in options:
-            options["stride"] = options["stride"] or None
-        module = _dropout(node, options) if node.target in _DROPOUTS else _OWN[node.target](**options)
-        if module is None:
-            return
-        path = _innermost(node)
-        owner = self.users.get(path, self.model)
-        alone = owner is not self.model and not any(owner.children()) and not any(owner.parameters())
-        if not alone or path in self.built:
-            path = self._free(path, "" if alone else type(module).__name__.lower())
-        module.training = owner.training
-        self.built[path] = module
-        self._replace(node, path)
+    def _install_own(self, node: fx.Node, options: _Options) -> None:
+        """Case 5: a module for this call alone."""
+        if node.target in _PARAMETERISED:
+            module = _parameterised(node, options, self.names.owner(node))
+        elif node.target in _DROPOUTS:
+            module = _dropout(node, options)
+        elif node.target in _CLAMPS:
+            module = _clamp(node, options)
+        else:
+            if "kernel_size" in options:
+                options["stride"] = options["stride"] or None
+            module = _OWN[node.target](**options)
+        if module is not None:
+            path = self.names.name(node, module)
+            self.built[path] = module
+            _call(node, path)
 
     def _options(self, node: fx.Node) -> _Options | None:
         """An operator's arguments but the first, by name, with defaults; None where one of them is computed."""
@@ -396,30 +381,10 @@ class _Modules:
                 options[name] = tuple(value)
         return None if _has_nodes(options) else options
 
-    def _free(self, path: str, name: str) -> str:
-        stem = f"{path}.{name}" if path and name else path or name
-        candidate, count = stem if name else f"{stem}_1", 1
-        while candidate in self.taken or candidate in self.built:
-            count += 1
-            candidate = f"{stem}_{count}"
-        return candidate
 
-    def _replace(self, node: fx.Node, path: str) -> None:
-        node.op, node.target = "call_module", path
-        node.args, node.kwargs = (node.args[0],), {}
-
-    def _attach(self, path: str, module: nn.Module) -> None:
-        """Put a module at its path; children and tensors that other nodes still use stay where they are."""
-        old = self.gm.get_submodule(path) if path in self.containers else nn.Module()
-        self.gm.add_submodule(path, module)
-        for name, child in old.named_children():
-            module.add_module(name, child)
-        for name, parameter in old.named_parameters(recurse=False):
-            if not hasattr(module, name):
-                module.register_parameter(name, parameter)
-        for name, buffer in old.named_buffers(recurse=False):
-            if not hasattr(module, name):
-                module.register_buffer(name, buffer)
+def _call(node: fx.Node, path: str) -> None:
+    node.op, node.target = "call_module", path
+    node.args, node.kwargs = (node.args[0],), {}
 
 
 def _has_nodes(options: _Options) -> bool:
@@ -428,14 +393,8 @@ def _has_nodes(options: _Options) -> bool:
     return bool(found)
 
 
-def _innermost(node: fx.Node) -> str:
-    """Path of the innermost module the operator was called in; the root's is empty."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
-
-
 def _adopt_state(gm: fx.GraphModule, model: nn.Module) -> None:
-    """Case 7, and the training flags of containers."""
+    """Case 8, and the training flags of containers."""
     users = dict(model.named_modules(remove_duplicate=False))
     for path, module in gm.named_modules():
         owner = users.get(path)
@@ -444,23 +403,3 @@ def _adopt_state(gm: fx.GraphModule, model: nn.Module) -> None:
                 module._non_persistent_buffers_set.add(name)
         if owner is not None:
             module.training = owner.training
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-def _name(gm: fx.GraphModule) -> None:
-    counts: Counter[str] = Counter()
-    for node in gm.graph.nodes:
-        name = _plain_name(node)
-        count = counts[name]
-        counts[name] += 1
-        node.meta.setdefault(META, {})["id"] = f"{name}#{count}" if count else name
-
-
-def _plain_name(node: fx.Node) -> str:
-    if node.op != "call_function":
-        return str(node.target)
-    function = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
-    path = _innermost(node)
-    return f"{path}/{function}" if path and not path.startswith("_empty") else function

@@ -17,6 +17,7 @@ from fxmerge.calibration import (
     second_example,
 )
 from fxmerge.errors import UserError
+from fxmerge.evaluate import evaluate
 from fxmerge.graph import by_id, clone
 
 
@@ -202,7 +203,59 @@ def test_a_later_batch_norm_sees_the_earlier_one_normalise_each_batch(model):
     for args, _ in batches:
         twin(*args)
     for name, tensor in gm.named_buffers():
-        assert torch.equal(tensor, twin.get_buffer(name)), name
+        assert torch.allclose(tensor, twin.get_buffer(name), rtol=1e-6), name
+    assert not any(module._forward_hooks for module in gm.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_batches_count_alike_in_half_precision(dtype):
+    """A running average in bfloat16 stands still after some hundred batches: its steps are smaller than a rounding."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [step * torch.randn(4, 3, 2, 2, generator=generator).to(dtype) for step in (1, 4) for _ in range(200)]
+    gm = clone(fxmerge.capture(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).to(dtype), batches[0]))
+    assert reestimate_batch_norms(gm, set(gm.graph.nodes), [((batch,), {}) for batch in batches]) == 1
+    norm, convolution = gm.get_submodule("1"), gm.get_submodule("0").double()
+    with torch.no_grad():
+        means, variances = zip(*(statistics(convolution(batch.double())) for batch in batches), strict=True)
+    assert norm.running_var.dtype is dtype
+    assert torch.allclose(norm.running_var.double(), torch.stack(variances).mean(0), rtol=2 * torch.finfo(dtype).eps)
+    assert torch.allclose(norm.running_mean.double(), torch.stack(means).mean(0), atol=2e-2)
+    running = variances[0].to(dtype)
+    for count, variance in enumerate(variances[1:], 2):
+        running = running * (1 - 1 / count) + (variance / count).to(dtype)
+    wrong = dtype is torch.bfloat16
+    assert torch.allclose(running.double(), torch.stack(variances).mean(0), rtol=0.05) is not wrong
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.idle = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x, side):
+        return self.norm(self.norm(self.first(x))), self.idle(side)
+
+
+def test_a_batch_norm_that_is_called_twice_averages_over_both_and_one_that_did_not_run_is_reset():
+    torch.manual_seed(0)
+    x, side = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
+    gm = clone(fxmerge.capture(Twice(), (x, side)))
+    nodes = by_id(gm)
+
+    def forward(batch):
+        return evaluate(gm, nodes["norm#1"], {nodes["x"]: batch})
+
+    assert reestimate_batch_norms(gm, set(gm.graph.nodes), [x], forward) == 2
+    norm, idle = gm.get_submodule("norm"), gm.get_submodule("idle")
+    with torch.no_grad():
+        once = gm.get_submodule("first")(x)
+        twice = nn.functional.batch_norm(once, None, None, norm.weight, norm.bias, training=True)
+    (first, spread), (second, again) = statistics(once), statistics(twice)
+    assert int(norm.num_batches_tracked) == 2
+    assert torch.allclose(norm.running_mean, (first + second) / 2, atol=1e-6)
+    assert torch.allclose(norm.running_var, (spread + again) / 2, atol=1e-6)
+    assert torch.equal(idle.running_mean, torch.zeros(3))
+    assert torch.equal(idle.running_var, torch.ones(3))
 
 
 def test_one_value_per_channel_is_refused_by_name():

@@ -83,6 +83,9 @@ def test_dependence_is_the_share_that_varies():
         (torch.float32, 0.0, 1e-5),
         (torch.bfloat16, 0.0, 2e-2),
         (torch.float32, 1e-6, 2e-5),
+        (torch.float64, 1e-11, 2e-10),
+        (torch.bfloat16, 2e-2, 0.12),
+        (torch.float16, 1e-3, 2e-2),
         (torch.float32, 1e-9, 1e-5),
         (torch.float32, math.inf, 1e-5),
     ],
@@ -139,6 +142,33 @@ def test_a_network_that_ignores_its_input_is_not_checkable_rather_than_wrong():
     assert not result.checkable
     assert 0 < result.dependence < 1e-4
     assert result.error > 10
+    assert (
+        result.caveat == f"only {result.dependence:.1e} of the outputs depends on the input: not checkable end to end"
+    )
+
+
+def test_a_network_that_rounding_alone_changes_is_not_checkable_and_infinities_still_raise():
+    model = graph(nn.Identity(), batch(torch.bfloat16))
+    fine = check_equal(model, model, batch(torch.bfloat16), 0.05)
+    assert (fine.checkable, fine.caveat) == (True, "")
+    result = check_equal(model, Off(model, 0.7), batch(torch.bfloat16), 0.2)
+    assert not result.checkable
+    assert result.caveat.startswith("rounding in the network's own dtype may change 120% of what depends on the input")
+    with pytest.raises(InternalError, match="differs from its trainable form by inf"):
+        check_equal(model, Off(model, math.inf), batch(torch.bfloat16), 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mirrored_kernel_is_caught_in_half_precision(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval().to(dtype)
+    model = graph(net, batch(dtype))
+    mirrored = clone(model)
+    mirrored.get_parameter("0.weight").data = model.get_parameter("0.weight").data.flip(-1)
+    own = own_error(model, batch(dtype), outputs_of(model, batch(dtype)))
+    assert 0 < own < 0.05
+    with pytest.raises(InternalError):
+        check_equal(model, mirrored, batch(dtype), own)
 
 
 def test_a_mirrored_kernel_hides_from_the_plain_error_and_not_from_ours():

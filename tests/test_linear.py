@@ -115,22 +115,50 @@ def test_a_zero_padding_is_a_map(sides):
         assert what.geometry.out_size((9, 9)) == F.pad(IMAGE, sides).shape[2:]
 
 
+NO_MAP = Barrier("not-linear", "pad is no affine shift-equivariant map of one value")
+
+
 @pytest.mark.parametrize(
-    "compute",
+    ("compute", "barrier"),
     [
-        lambda _, x: F.pad(x, (1, 1), value=2.0),
-        lambda _, x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
-        lambda _, x: F.pad(x, (0, 0, 0, 0, 1, 1)),
+        (lambda _, x: F.pad(x, (1, 1), value=2.0), NO_MAP),
+        (
+            lambda _, x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+            Barrier("padding-mode", "it pads with 'reflect', not zeros"),
+        ),
+        (lambda _, x: F.pad(x, (0, 0, 0, 0, 1, 1)), NO_MAP),
     ],
     ids=["value", "reflect", "channels"],
 )
-def test_other_paddings_are_no_map(compute):
+def test_other_paddings_are_no_map(compute, barrier):
     captured = fxmerge.capture(Applied(compute), IMAGE)
     node = by_id(captured)["pad"]
     assert pad_sides(node) is None
-    assert meaning(captured, node, frozenset()) == Barrier(
-        "not-linear", "pad is no affine shift-equivariant map of one value"
-    )
+    assert meaning(captured, node, frozenset()) == barrier
+
+
+@pytest.mark.parametrize(
+    ("crop", "sides"),
+    [
+        (lambda _, x: x[:, :, 1:-2], ((-1, 0), (-2, 0))),
+        (lambda _, x: x[..., 3:], ((0, -3), (0, 0))),
+    ],
+)
+def test_a_slice_of_neighbours_is_a_crop(crop, sides):
+    captured = fxmerge.capture(Applied(crop), IMAGE)
+    found = [
+        pad_sides(node)
+        for node in captured.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
+        if meaning(captured, node, frozenset()) != Removable(free=True)
+    ]
+    assert found == [sides]
+
+
+@pytest.mark.parametrize("crop", [lambda _, x: x[:, :, ::2], lambda _, x: x[1:]], ids=["steps", "batch"])
+def test_other_slices_are_no_map(crop):
+    captured = fxmerge.capture(Applied(crop), IMAGE)
+    found = captured.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
+    assert [pad_sides(node) for node in found if meaning(captured, node, frozenset()) != Removable(free=True)] == [None]
 
 
 def test_pads_of_a_dynamic_size_are_no_map():
@@ -144,11 +172,11 @@ def test_pads_of_a_dynamic_size_are_no_map():
 
 @pytest.mark.parametrize("kind", REMOVABLE, ids=lambda kind: kind.__name__)
 def test_an_activation_is_removable(kind):
-    module = kind().double().requires_grad_(False)
+    module = (kind(0.1, 0.2) if kind is nn.Threshold else kind()).double().requires_grad_(False).eval()
     assert shape_after(module, (2, 4, 9, 9)) == tuple(module(IMAGE).shape) == (2, 4, 9, 9)
     captured = fxmerge.capture(nn.Sequential(module), IMAGE)
     found = module_of(captured, by_id(captured)["0"])
-    assert type(found) is (nn.Hardtanh if kind is nn.ReLU6 else kind)
+    assert type(found) is kind
     assert meaning(captured, by_id(captured)["0"], frozenset()) == Removable(free=False)
     assert (float((module(module(IMAGE)) - module(IMAGE)).abs().max()) == 0) == (kind in IDEMPOTENT)
 

@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+import fxmerge
 from fxmerge import serialize
 from fxmerge.errors import StoreError, UnsupportedError, UserError
+from fxmerge.removable import register_removable, unregister_removable
 from fxmerge.serialize import (
     graph_to_json,
     load_documents,
@@ -944,3 +946,38 @@ def test_description_is_json_and_stable() -> None:
             "track_running_stats": True,
         },
     }
+
+
+def test_what_capture_recognised_comes_back(tmp_path: Path) -> None:
+    """A formula's module, a channel shuffle, a border written by slices and the tag of a user's own activation."""
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.sin(x) ** 2
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.own = Own()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z = F.pad(y * torch.sigmoid(y), (1, 0))
+            z[..., :1] = self.conv.bias.view(4, 1, 1)
+            n, c, h, w = z.shape
+            return self.own(F.instance_norm(z.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)))
+
+    register_removable(Own)
+    try:
+        gm = fxmerge.capture(Written().eval(), images())
+    finally:
+        unregister_removable(Own)
+    again = round_trip(gm, tmp_path / "net")
+    assert lines(again) == lines(gm)
+    kinds = {type(module).__name__ for module in again.children()}
+    assert {"SiLU", "ChannelShuffle", "InstanceNorm2d"} <= kinds
+    tags = [[n.meta["fxmerge"].get("removable") for n in graph.graph.nodes] for graph in (gm, again)]
+    assert tags[0] == tags[1]
+    assert tags[0].count("own") == 3
+    assert_same(gm(images()), again(images()))

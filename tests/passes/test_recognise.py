@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -193,8 +194,8 @@ def test_an_opaque_value_keeps_the_formula():
     def compute(_, x):
         view = x.flatten(1)
         gate = torch.sigmoid(x)
-        x.add_(1)
-        return x * gate + view.sum()
+        view.add_(1)
+        return x * gate
 
     model = build(compute)
     gm = fxmerge.capture(model, IMAGE)
@@ -352,9 +353,15 @@ def test_what_is_no_channel_shuffle_stays(compute):
     assert relative_error([gm(IMAGE[:2])], [build(compute)(IMAGE[:2])]) <= 1e-12
 
 
-def test_a_batch_that_is_as_large_as_the_groups_is_not_taken_for_them():
+def other_axes_of_one_size(_, x):
+    n, c, h, w = x.shape
+    return x.view(n, 3, c // 3, h, w).transpose(3, 4).reshape(n, c, h, w)
+
+
+@pytest.mark.parametrize("compute", [over_the_batch, other_axes_of_one_size], ids=lambda f: f.__name__)
+def test_axes_as_large_as_the_groups_are_not_taken_for_them(compute):
     image = torch.randn(3, 9, 6, 6, generator=torch.Generator().manual_seed(1))
-    model = nn.Sequential(nn.Conv2d(9, 9, 1), Applied(over_the_batch)).eval()
+    model = nn.Sequential(nn.Conv2d(9, 9, 1), Applied(compute)).eval()
     gm = fxmerge.capture(model, image)
     for size in (3, 6) if gm.meta[META]["dynamic_batch"] else (3,):
         batch = image.repeat(2, 1, 1, 1)[:size]
@@ -411,3 +418,38 @@ def test_rrelu_is_exported_by_the_older_exporter_alone(tmp_path):
     gm = clone(fxmerge.capture(nn.Sequential(nn.Conv2d(8, 8, 3), nn.RReLU()).eval(), IMAGE.float()))
     with pytest.warns(UserWarning, match="older ONNX exporter"):
         export_module(gm, (IMAGE.float(),), {}, tmp_path / "net.onnx")
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+SPLITS = {
+    "chunk": (lambda x: x.chunk(3, 1), [(0, 3), (3, 6), (6, 8)]),
+    "sizes": (lambda x: torch.split(x, [1, 5, 2], dim=1), [(0, 1), (1, 6), (6, 8)]),
+    "size, from the end": (lambda x: x.split(4, dim=-3), [(0, 4), (4, 8)]),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_parts_of_a_split_are_slices(name):
+    split, bounds = SPLITS[name]
+
+    class Reversed(nn.Module):
+        def forward(self, x):
+            return torch.cat([part * k for k, part in enumerate(reversed(split(x)), 1)], 1)
+
+    x = torch.randn(2, 8, 5, 4)
+    gm = fxmerge.capture(Reversed(), x)
+    assert torch.equal(gm(x), Reversed()(x))
+    found = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
+    assert sorted(tuple(node.args[1:]) for node in found) == [(1, *pair) for pair in bounds]
+    assert not gm.graph.find_nodes(op="call_function", target=operator.getitem)
+
+
+@pytest.mark.parametrize("split", [lambda x: x.chunk(2, 0), lambda x: x.chunk(2, 2)], ids=["batch", "height"])
+def test_other_splits_are_left_alone(split):
+    class First(nn.Module):
+        def forward(self, x):
+            return split(x)[0]
+
+    gm = fxmerge.capture(First(), torch.randn(4, 8, 6, 4))
+    assert len(gm.graph.find_nodes(op="call_function", target=operator.getitem)) == 1

@@ -53,6 +53,10 @@ LINEAR = {
     "average, other divisor": lambda m, x: F.avg_pool2d(x, 2, divisor_override=3),
     "blur": lambda m, x: F.conv2d(x, m.blur.expand(4, 1, 3, 3), None, 2, 1, groups=4),
     "copy": lambda m, x: x.contiguous().clone(),
+    "crop": lambda m, x: x[:, :, 1:-1, 2:],
+    "shuffle": lambda m, x: x.view(len(x), 2, 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape),
+    "split and stacked": lambda m, x: torch.cat(x.chunk(2, 1)[::-1], 1),
+    "half of it scaled": lambda m, x: torch.cat([x[:, :2] * 2, F.avg_pool2d(x[:, 2:], 3, 1, 1)], 1),
 }
 SLICES = {
     "slice of all": lambda m, x: x[:, :][:, 1:3, :, :],
@@ -67,6 +71,7 @@ OTHERS = {
         lambda m, x: F.conv2d(x, x.mean((0, 2, 3)).reshape(4, 1, 1, 1), groups=4),
         "mesh",
     ),
+    "mirrored border": (lambda m, x: F.pad(x, (1, 1, 1, 1), "reflect"), "padding-mode"),
     "gate of itself": (lambda m, x: x * x.mean((2, 3), keepdim=True), "gate"),
 }
 

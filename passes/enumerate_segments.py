@@ -524,7 +524,7 @@ class _Search:
     def _refuse_cap(self, first: _Unit, last: _Unit) -> None:
         cap = self.limits.max_kernel
         for name in first.convolutions:
-            reason = f"merged up to {last.convolutions[-1]!r} its kernel would be larger than max_kernel={cap}"
+            reason = f"merged up to {(last.convolutions or (last.name,))[-1]!r} its kernel would be larger than max_kernel={cap}"
             self._refuse("kernel-cap", name, last.name, reason)
 
     def _refuse(self, code: str, name: str, node: str, reason: str) -> None:

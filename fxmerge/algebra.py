@@ -517,20 +517,23 @@ class ConvMap:
         return ConvMap(geometry, weight, torch.zeros(channels))
 
     @staticmethod
-    def select(channels: int, indices: Sequence[int], dims: int) -> ConvMap:
-        """The map whose output channel i is input channel ``indices[i]``: slices, shuffles and repeats of channels.
+    def select(channels: int, indices: Sequence[int | None], dims: int) -> ConvMap:
+        """The map whose output channel i is input channel ``indices[i]``, zeros for None.
+
+        Slices, shuffles, repeats and paddings of channels.
 
         Raises:
             UserError: An index is not one of the channels, or there is none.
 
         Example:
-            >>> ConvMap.select(3, [2, 0], dims=1).apply(torch.tensor([[[1.0], [2.0], [3.0]]])).flatten()
-            tensor([3., 1.])
+            >>> ConvMap.select(3, [2, None, 0], dims=1).apply(torch.tensor([[[1.0], [2.0], [3.0]]])).flatten()
+            tensor([3., 0., 1.])
         """
         geometry = Geometry.pointwise(channels, len(indices), dims)
-        if not all(0 <= index < channels for index in indices):
+        if not all(index is None or 0 <= index < channels for index in indices):
             raise UserError(f"the channels {list(indices)} are not all among 0 to {channels - 1}")
-        weight = torch.eye(channels)[list(indices)].reshape(geometry.weight_shape)
+        rows = torch.eye(channels + 1, channels)  # the last one is zeros
+        weight = rows[[channels if index is None else index for index in indices]].reshape(geometry.weight_shape)
         return ConvMap(geometry, weight, torch.zeros(len(indices)))
 
     @staticmethod

@@ -375,11 +375,40 @@ def _per_channel(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 
 def _selection(node: fx.Node) -> Meaning | None:
-    """A slice of consecutive channels."""
-    chosen = _slice_of_channels(node)
-    if chosen is None:
+    """Channels chosen by a slice or by constant indices, or padded with channels of zeros."""
+    if not _selects(node):
         return None
-    return Linear(Geometry.pointwise(shape_of(source_of(node))[1], len(chosen), len(shape_of(node)) - 2))
+    return Linear(Geometry.pointwise(shape_of(source_of(node))[1], shape_of(node)[1], len(shape_of(node)) - 2))
+
+
+def _selects(node: fx.Node) -> bool:
+    if node.target is _aten.index_select.default:
+        return bool(node.args[1] == 1) and isinstance(node.args[2], fx.Node) and is_constant(node.args[2])
+    return _slice_of_channels(node) is not None or _channel_pads(node) is not None
+
+
+def _channel_pads(node: fx.Node) -> tuple[int, int] | None:
+    """Channels of zeros before and after, for a padding of nothing else."""
+    if node.target not in _PADS or node.kwargs or len(node.args) < 2 or any(o not in _ZEROS for o in node.args[2:]):
+        return None
+    amounts: Any = node.args[1]
+    spatial = 2 * (len(shape_of(node)) - 2)
+    if not isinstance(amounts, (list, tuple)) or len(amounts) != spatial + 2 or any(amounts[:spatial]):
+        return None
+    before, after = amounts[spatial:]
+    return (before, after) if isinstance(before, int) and isinstance(after, int) and min(before, after) >= 0 else None
+
+
+def _selected(gm: fx.GraphModule, node: fx.Node) -> list[int | None]:
+    """For each channel of a selection the channel it is, None for zeros."""
+    channels = shape_of(source_of(node))[1]
+    if node.target is _aten.index_select.default:
+        return [int(index) % channels for index in _value(gm, node.args[2])]
+    chosen, pads = _slice_of_channels(node), _channel_pads(node)
+    if pads is not None:
+        return [None] * pads[0] + list(range(channels)) + [None] * pads[1]
+    assert chosen is not None  # noqa: S101 - the node selects
+    return list(chosen)
 
 
 def _keeps_all(node: fx.Node) -> bool:
@@ -461,9 +490,8 @@ def linear_map(gm: fx.GraphModule, node: fx.Node) -> ConvMap:
     sides = pad_sides(node)
     if sides is not None:
         return ConvMap.pad(channels, *sides)
-    chosen = _slice_of_channels(node)
-    if chosen is not None:
-        return ConvMap.select(shape_of(source_of(node))[1], list(chosen), dims)
+    if _selects(node):
+        return ConvMap.select(shape_of(source_of(node))[1], _selected(gm, node), dims)
     geometry_of_filter = _filter_geometry(node)
     if geometry_of_filter is not None:
         weight = _value(gm, node.args[1])

@@ -126,7 +126,7 @@ NO_MAP = Barrier("not-linear", "pad is no affine shift-equivariant map of one va
             lambda _, x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
             Barrier("padding-mode", "it pads with 'reflect', not zeros"),
         ),
-        (lambda _, x: F.pad(x, (0, 0, 0, 0, 1, 1)), NO_MAP),
+        (lambda _, x: F.pad(x, (1, 0, 0, 0, 1, 1)), NO_MAP),
     ],
     ids=["value", "reflect", "channels"],
 )

@@ -34,6 +34,7 @@ class Between(nn.Module):
         self.first, self.second = conv(3, 4), conv(channels, 5, act=False)
         self.scale = nn.Parameter(torch.randn(4, 1, 1, dtype=torch.float64))
         self.register_buffer("blur", torch.tensor([[1.0, 2.0, 1.0]]).mul(torch.tensor([[1.0], [2.0], [1.0]])) / 16)
+        self.register_buffer("order", torch.tensor([3, 1]))
         self.between = between
 
     def forward(self, x):
@@ -62,6 +63,8 @@ SLICES = {
     "slice of all": lambda m, x: x[:, :][:, 1:3, :, :],
     "slice": lambda m, x: x[:, 1:3],
     "last": lambda m, x: x[:, -2:],
+    "chosen by indices": lambda m, x: torch.index_select(x, 1, m.order),
+    "zeros added": lambda m, x: F.pad(x[:, :1], (0, 0, 0, 0, 0, 1)),
 }
 OTHERS = {
     "varies": (lambda m, x: x + torch.linspace(0, 1, 9, dtype=torch.float64), "not-linear"),

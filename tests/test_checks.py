@@ -12,6 +12,7 @@ import fxmerge
 from fxmerge.checks import check_equal, check_inputs, dependence, outputs_of, own_error, relative_error
 from fxmerge.errors import InternalError
 from fxmerge.graph import clone
+from fxmerge.result import merge_graph
 
 
 class Off(nn.Module):
@@ -258,3 +259,33 @@ def test_outputs_are_those_of_eval_mode_and_modes_are_restored():
 class Pair(nn.Module):
     def forward(self, x):
         return {"kept": x, "index": x.argmax(1)}
+
+
+class Jumps(nn.Module):
+    """Jumps between neighbouring numbers, as places of maxima do between values that agree up to rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([1 / 3, 1 / 7]).reshape(2, 1, 1, 1))
+            self.second.weight.copy_(torch.tensor([3 / 11, 7 / 13]).reshape(1, 2, 1, 1))
+
+    def forward(self, x):
+        y = self.second(self.first(x))
+        return torch.floor(y * 1e6) % 2 + y
+
+
+def test_a_network_that_jumps_is_held_to_its_fold_in_float64(monkeypatch):
+    monkeypatch.setattr(fxmerge.checks, "own_error", lambda *_: 0.0)  # a rare jump does not show there
+    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) + 0.5
+    gm = fxmerge.graph.clone(fxmerge.capture(Jumps(), x)).eval()
+    merged = merge_graph(gm)
+    result = check_equal(gm, merged, ((x,), {}), 0.0)
+    assert result.exact
+    assert result.error > 0.1 > result.allowed
+    assert "rounding alone moves" in result.caveat
+    with torch.no_grad():
+        next(merged.parameters()).mul_(1 + 1e-6)
+    with pytest.raises(InternalError, match="differs from its trainable form"):
+        check_equal(gm, merged, ((x,), {}), 0.0)

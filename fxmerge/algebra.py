@@ -199,8 +199,9 @@ class Geometry:
         if self.dims != second.dims or self.out_channels != second.in_channels:
             raise UserError(f"{second!r} cannot follow {self!r}: channels and number of axes must agree")
         kernel, dilation = [], []
-        for axis, s1 in enumerate(self.stride):
-            reach = self.extent[axis] - 1 + s1 * (second.extent[axis] - 1)
+        extents = zip(self.extent, second.extent, strict=True)
+        for axis, (s1, (e1, e2)) in enumerate(zip(self.stride, extents, strict=True)):
+            reach = e1 - 1 + s1 * (e2 - 1)
             taps = (self.kernel[axis], self.dilation[axis])
             spread = (second.kernel[axis], s1 * second.dilation[axis])
             step = _grid([taps, spread], [])

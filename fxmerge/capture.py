@@ -195,10 +195,12 @@ def _place(error: BaseException) -> str:
 
 def _warn_of_training_branches(model: nn.Module) -> None:
     """Python branches on ``self.training`` do not exist in an eval-mode capture: say so, with the modules' names."""
+    kinds = {type(module) for module in model.modules()}
+    branching = {kind for kind in kinds if not kind.__module__.startswith("torch.") and _branches_on_training(kind)}
     found = [
         f"{path!r} ({type(module).__name__})" if path else type(module).__name__
         for path, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.") and _branches_on_training(type(module))
+        if type(module) in branching
     ]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""

@@ -70,6 +70,7 @@ class Magnitude:
     def prepare(self, gm: fx.GraphModule) -> Callable[[Candidate], float]:
         """Compute the loss of every operation once."""
         nodes = by_id(gm)
+        norms = {name for name, node in nodes.items() if _is_norm(gm, node)}
         losses: dict[str, float] = {}
 
         def loss(name: str) -> float:
@@ -78,7 +79,7 @@ class Magnitude:
             return losses[name]
 
         def score(candidate: Candidate) -> float:
-            activations = sorted(loss(name) for name in candidate.removed if not _is_norm(gm, nodes[name]))
+            activations = sorted(loss(name) for name in candidate.removed if name not in norms)
             return sum(map(loss, candidate.bypassed)) + sum(activations[len(candidate.bypassed) :])
 
         return score

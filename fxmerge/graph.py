@@ -83,7 +83,12 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 def module_of(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a ``call_module`` node calls, None for every other node."""
-    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if node.op != "call_module":
+        return None
+    module: nn.Module | None = gm
+    for name in str(node.target).split("."):
+        module = None if module is None else module._modules[name]  # get_submodule takes four times as long
+    return module
 
 
 def attribute(gm: fx.GraphModule, path: str) -> Any:

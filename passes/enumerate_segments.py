@@ -25,7 +25,7 @@ from __future__ import annotations
 
 __all__ = ["EnumerateSegmentsPass", "EnumerationResult", "enumerate_segments"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeGuard, cast
@@ -150,6 +150,7 @@ class _Search:
         self.tree = region_tree(gm)
         self.nodes = by_id(gm)
         self.units: dict[int, tuple[_Unit, ...]] = {}
+        self.composed: dict[tuple[Geometry, Geometry], Geometry] = {}
         self.refusals: dict[tuple[str, str, str], Refusal] = {}
 
     def run(self) -> Enumeration:
@@ -171,26 +172,33 @@ class _Search:
                 if id(one) in branches:
                     sites += self._drop(number, one, *branches[id(one)])
             self._refuse_barriers(units)
+        takers: dict[int, list[Site]] = {}
+        for site in sites:
+            if site.candidate.kind != "merge":
+                takers.setdefault(id(series[site.series]), []).append(site)
+        spoiling: set[int] = set()
         for one in series:
             if id(one) in branches or _meets_its_entry(one):
-                sites = self._leave_something(one, series, sites)
-        return Enumeration(series, tuple(sites), tuple(self.refusals.values()))
+                spoiling |= self._spoiling(one, takers, spoiling)
+        kept = tuple(site for site in sites if id(site) not in spoiling)
+        return Enumeration(series, kept, tuple(self.refusals.values()))
 
-    def _leave_something(self, branch: Series, series: Sequence[Series], sites: list[Site]) -> list[Site]:
-        """The sites without the last of those that together would take every convolution of a branch."""
+    def _spoiling(self, branch: Series, takers: Mapping[int, Sequence[Site]], gone: Container[int]) -> set[int]:
+        """The last of the sites (by id) that together would take every convolution of a branch.
+
+        ``takers`` are the sites that remove convolutions, by the id of their Series; those in ``gone`` do so no more.
+        """
         convolutions = set(_convolutions(self.gm, branch.children))
-        inside = {id(one) for one in all_series(branch)}
-        takers = [
+        inside = [
             site
-            for site in sites
-            if site.candidate.kind != "merge"
-            and id(series[site.series]) in inside
-            and not (site.candidate.kind == "drop" and series[site.series] is branch)
+            for one in all_series(branch)
+            for site in takers.get(id(one), ())
+            if id(site) not in gone and not (site.candidate.kind == "drop" and one is branch)
         ]
         spoiling: set[int] = set()
-        while convolutions and convolutions <= {name for site in takers for name in site.candidate.bypassed}:
-            spoiling.add(id(takers.pop()))
-        return [site for site in sites if id(site) not in spoiling]
+        while convolutions and convolutions <= {name for site in inside for name in site.candidate.bypassed}:
+            spoiling.add(id(inside.pop()))
+        return spoiling
 
     # --- units --------------------------------------------------------------------------------------------------------
 
@@ -354,8 +362,15 @@ class _Search:
     def _compose(self, first: _Ways, second: _Ways) -> _Ways:
         table: _Ways = {}
         for one, other in product(first.values(), second.values()):
-            self._offer(table, one.then(other, one.geometry.then(other.geometry)))
+            self._offer(table, one.then(other, self._then(one.geometry, other.geometry)))
         return table
+
+    def _then(self, first: Geometry, second: Geometry) -> Geometry:
+        """``first.then(second)``, computed once: blocks repeat."""
+        known = self.composed.get((first, second))
+        if known is None:
+            known = self.composed[first, second] = first.then(second)
+        return known
 
     def _offer(self, table: _Ways | _Joined, way: _Way) -> None:
         several = len(way.kept) + way.fused > 1
@@ -386,17 +401,18 @@ class _Search:
                 exit_ = series.children[other.stop - 1].exit
                 if not other.convolutions or exit_ is None or not self._stands_alone(entry, exit_, series, unit, other):
                     continue
-                for candidate in self._merge_candidates(entry, exit_, ways, unit):
+                for candidate in self._merge_candidates(entry, exit_, ways):
                     yield Site(number, unit.start, other.stop, candidate)
 
-    def _merge_candidates(self, entry: fx.Node, exit_: fx.Node, ways: _Ways, unit: _Unit) -> Iterator[Candidate]:
+    def _merge_candidates(self, entry: fx.Node, exit_: fx.Node, ways: _Ways) -> Iterator[Candidate]:
         for geometry, way in ways.items():
             if not way.kept or len(way.kept) + len(way.bypassed) + way.fused < 2:
                 continue
             fitting = [name for name in way.norms if shape_of(self.nodes[name])[1] == geometry.out_channels]
             if way.norms and not fitting:
                 reason = f"no norm of the segment up to {node_id(exit_)!r} has {geometry.out_channels} channels"
-                self._refuse("norm", unit.convolutions[0], way.norms[-1], reason)
+                for name in dict.fromkeys((way.kept[0], way.kept[-1])):
+                    self._refuse("norm", name, way.norms[-1], reason)
                 continue
             norm = fitting[-1] if fitting else None
             candidate = Candidate(
@@ -424,15 +440,14 @@ class _Search:
         regions = series.children[first.start : last.stop]
         own = {node for region in regions for node in operations(region)}
         if inside <= own:
-            return self._closed(entry, exit_)
+            return _is_closed(inside, exit_)
         reason = f"the segment up to {node_id(exit_)!r} computes what is added inside it"
         self._refuse("side-input", first.convolutions[0], node_id(min(inside - own)), reason)
         return False
 
     def _closed(self, entry: fx.Node, exit_: fx.Node) -> bool:
         """Whether nothing outside reads a value between entry and exit."""
-        inside = between(entry, exit_)
-        return all(reader in inside for node in inside if node is not exit_ for reader in node.users)
+        return _is_closed(between(entry, exit_), exit_)
 
     # --- bypass and drop ----------------------------------------------------------------------------------------------
 
@@ -542,6 +557,10 @@ def _may_be_entry(value: fx.Node | None) -> TypeGuard[fx.Node]:
 
 def _written_in_place(regions: Sequence[Region]) -> bool:
     return any(node.meta.get(META, {}).get("opaque") for region in regions for node in operations(region))
+
+
+def _is_closed(inside: Collection[fx.Node], exit_: fx.Node) -> bool:
+    return all(reader in inside for node in inside if node is not exit_ for reader in node.users)
 
 
 def _until_barrier(units: Sequence[_Unit]) -> tuple[str, ...]:

@@ -149,7 +149,8 @@ def profile_latency(
 
         latencies = measured(runtime, [*kept.values(), *merged.values(), *folded.values()], store, advance)
     kept_latencies = {name: latencies[signature] for name, signature in kept.items()}
-    folded_latencies = {names: latencies[signature] for names, signature in folded.items()}
+    folded_latencies = {names: latencies[signature] for names, signature in folded.items() if len(names) > 1}
+    kept_latencies |= {names[0]: latencies[signature] for names, signature in folded.items() if len(names) == 1}
     total = _total(kept_latencies, folded_latencies, {})
     exact = runtime.deterministic
     return LatencyTable(
@@ -186,9 +187,9 @@ def _signature(gm: fx.GraphModule, node: fx.Node, module: Conv, batch: int) -> L
 
 
 def _folded_signatures(deployed: fx.GraphModule, batch: int) -> dict[tuple[str, ...], LayerSignature]:
-    """What several convolutions became in the deployed network, by their ids."""
+    """What convolutions became in the deployed network, by the ids of those that each is made of."""
     return {
         tuple(node.meta[META]["made_of"]): _signature(deployed, node, module, batch)
         for node, module in convolutions(deployed)
-        if len(node.meta[META].get("made_of", ())) > 1
+        if "made_of" in node.meta[META]
     }

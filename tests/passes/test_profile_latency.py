@@ -161,3 +161,19 @@ def test_what_folds_without_loss_counts_as_it_is_deployed():
 def plan_of(found, candidate):
     plan = found.at(1.0)
     return dataclasses.replace(plan, entries=(PlanEntry(candidate, 0.0, 0.0),)).to_json()
+
+
+class Causal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=2)
+
+    def forward(self, x):
+        return self.conv(x)[..., :-2]
+
+
+def test_a_crop_behind_a_convolution_is_never_computed():
+    net, x = lively(nn.Sequential(Causal(), nn.ReLU(), Causal(), nn.ReLU(), nn.Conv1d(4, 4, 1))), images(1, 4, 10)
+    found = fxmerge.frontier(net, x, runtime="macs")
+    assert found.original == found.points[-1][0] == (3 + 3 + 1) * 4 * 4 * 10
+    assert found.points[0][0] >= 0

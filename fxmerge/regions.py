@@ -2,8 +2,8 @@
 
 A region (e, x) is what lies between two values such that e dominates and x post-dominates all of it (the program
 structure tree of compilers; Johnson, Pearson, Pingali, PLDI 1994). Regions in a row form a :class:`Series`; a fork
-whose branches meet again in one sum, difference, product or concatenation is a :class:`Parallel`; what is more
-entangled is a :class:`Mesh`, whose inner chains are still found. Only tensor values that depend on an image-like input
+whose branches meet again in one operation is a :class:`Parallel`; what is more entangled is a :class:`Mesh`, whose
+inner chains are still found. Only tensor values that depend on an image-like input
 take part: sizes, parameters and side inputs do not. Where all would be one Mesh because of values without spatial
 extent that many operations read (an embedding computed from the image), those count as side inputs too.
 """
@@ -39,7 +39,7 @@ __all__ = [
 _aten = torch.ops.aten
 
 JOINS = {_aten.add.Tensor: "add", _aten.sub.Tensor: "sub", _aten.mul.Tensor: "mul", _aten.cat.default: "concat"}
-"""The operators that may close a Parallel region, with the names they go by."""
+"""The operators that close a Parallel region whose branches a merge may join, with the names they go by."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +53,7 @@ class Op:
 class Parallel:
     """Branches from one value that meet in one join; a None among them is the value itself (an identity skip).
 
-    ``branches`` are in the order of the join's operands.
+    ``branches`` are in the order of the join's operands. Branches of a sum, difference or concatenation can merge.
     """
 
     entry: fx.Node | None
@@ -62,8 +62,8 @@ class Parallel:
 
     @property
     def join(self) -> str:
-        """``add``, ``sub``, ``mul`` or ``concat``."""
-        return JOINS[self.exit.target]  # type: ignore[index]
+        """``add``, ``sub``, ``mul``, ``concat``, or ``other``: any other operation of several values, such as attention."""
+        return "other" if self.exit.kwargs else JOINS.get(self.exit.target, "other")  # type: ignore[arg-type]
 
     @property
     def adds(self) -> bool:
@@ -234,8 +234,10 @@ class _Values:
 
     def _parallel(self, entry: int, components: list[list[int]], exit_: int) -> Parallel | None:
         join = self.nodes[exit_]
-        if join.target not in JOINS or join.kwargs or len(self.inputs[exit_]) != len(_operands(join)):
+        if not is_tensor(join):
             return None
+        if join.target in JOINS and not join.kwargs and len(self.inputs[exit_]) != len(_operands(join)):
+            return None  # the same value twice
         home = {member: index for index, component in enumerate(components) for member in component}
         branches: list[Series | None] = []
         used: list[int | None] = []

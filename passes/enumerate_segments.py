@@ -299,6 +299,8 @@ class _Search:
 
     def _parallel(self, parallel: Parallel) -> _Ways | Barrier:
         join = parallel.exit
+        if parallel.join == "other":
+            return _as_barrier(meaning(self.gm, join, self.shared))
         if parallel.join == "mul":
             return Barrier("gate", f"{node_id(join)} multiplies two values")
         if parallel.join == "concat" and list(join.args[1:]) != [1]:

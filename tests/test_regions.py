@@ -275,9 +275,7 @@ TREES = {
         Series
           input 4x8x8
           a 4x8x8
-          view 2x2x8x8
-          transpose 2x2x8x8
-          reshape 4x8x8
+          channelshuffle 4x8x8
           b 4x8x8
     """),
     squeeze_excite: ((), """
@@ -297,12 +295,11 @@ TREES = {
         Series
           input 4x8x8
           a 4x8x8
-          chunk several
           Parallel, joined by cat
             Series
-              getitem 2x8x8
+              slice 2x8x8
             Series
-              getitem#1 2x8x8
+              slice#1 2x8x8
               b 2x8x8
     """),
     difference: ((), """

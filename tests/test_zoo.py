@@ -1,15 +1,26 @@
-"""The test networks are the published ones, seeded, and their outputs depend on their inputs."""
+"""The test networks are the published ones, seeded; and the smallest of the zoo go through the whole pipeline."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from zoo import NETWORKS, calibrate, dependence, image_shape, seed_images
+from zoo import NETWORKS, SMALLEST, ZOO, calibrate, dependence, he_weights, image_shape, seed_images
+
+import fxmerge
+from fxmerge import checks
+from fxmerge.checks import check_equal, outputs_of, relative_error
+from fxmerge.errors import BudgetError, InternalError
+from fxmerge.exporters import input_arrays
+from fxmerge.graph import convolutions as convolution_nodes
+from fxmerge.inputs import split_example
+from fxmerge.regions import Mesh, Parallel, Series, all_series, operations, region_tree
 
 PARAMETERS = {
     "vgg16_bn": 138_365_992,
@@ -119,3 +130,200 @@ def test_networks_need_no_torchvision():
     subprocess.run(  # noqa: S603 - our own interpreter and code
         [sys.executable, "-W", "error", "-c", code], cwd=Path(__file__).parent, check=True
     )
+
+
+# --- the zoo ----------------------------------------------------------------------------------------------------------
+
+BUDGETS = (0.85, 0.7, 0.55)
+KINDS = {
+    "classification",
+    "segmentation",
+    "detection backbone",
+    "super-resolution",
+    "denoising",
+    "diffusion",
+    "1d audio",
+    "3d video",
+}
+MERGING = ("resnet20", "repvgg", "fusion", "dncnn")
+"""Those whose best plan at 0.7 of the multiply-accumulates merges; others get there by removing alone."""
+MESHES = {"densenet": (2, 12), "fusion": (1, 21), "pyramid": (1, 22), "wavenet": (1, 11)}
+"""Networks that hold Mesh regions: how many, and how many convolutions are inside. The others hold none."""
+
+
+@cache
+def prepared(name):
+    """A network with its frontier and a result for each budget, or for the least share where one is out of reach."""
+    entry = ZOO[name]
+    model = entry.build()
+    frontier = fxmerge.frontier(model, entry.example(), runtime="macs", importance="magnitude")
+    least = frontier.points[0][0] / frontier.original
+    results = {b: frontier.compress(b) if b >= least else frontier.apply(frontier.plan(0)) for b in BUDGETS}
+    return SimpleNamespace(name=name, entry=entry, model=model, frontier=frontier, least=least, results=results)
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(f"zoo-{name}")) for name in SMALLEST], scope="module"
+)
+def network(request):
+    yield prepared(request.param)
+    prepared.cache_clear()
+
+
+def inputs_of(made, batch=2, seed=1):
+    return split_example(made.entry.example(batch, seed))
+
+
+def mirrored(gm):
+    """The network with one kernel in its middle mirrored, of those that are not their own mirror image."""
+    weights = [(module, module.weight.detach()) for _, module in convolution_nodes(gm)]
+    pairs = [(module, weight, weight.flip([*range(2, weight.ndim)])) for module, weight in weights]
+    uneven = [(module, mirror) for module, weight, mirror in pairs if not torch.allclose(weight, mirror)]
+    module, mirror = uneven[len(uneven) // 2]
+    module.weight = nn.Parameter(mirror)
+    return gm
+
+
+def meshes(region):
+    return [child for series in all_series(region) for child in series.children if isinstance(child, Mesh)]
+
+
+def is_conv(node):
+    module = node.graph.owning_module
+    return node.op == "call_module" and isinstance(module.get_submodule(node.target), nn.modules.conv._ConvNd)
+
+
+def in_series(region):
+    """The operations that some Series of the tree orders: all but those that a Mesh alone holds."""
+    if isinstance(region, (Series, Mesh)):
+        return {node for child in region.children for node in in_series(child)}
+    branches = [branch for branch in getattr(region, "branches", ()) if branch is not None]
+    return {region.exit}.union(*map(in_series, branches))
+
+
+def test_the_zoo_is_wide():
+    assert len(ZOO) >= 60
+    assert len({entry.family for entry in ZOO.values()}) >= 25
+    assert {entry.kind for entry in ZOO.values()} >= KINDS
+    assert len(set(SMALLEST)) == 12
+    assert all(
+        batch == tensor.shape[0] for batch in (1, 3) for tensor in (ZOO[name].example(batch) for name in ("m5", "r3d"))
+    )
+
+
+def test_a_network_of_the_zoo_is_seeded_and_leaves_the_global_state():
+    before = torch.get_rng_state()
+    one, same, other = (ZOO["time_unet"].build(seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    example = ZOO["time_unet"].example()
+    assert torch.equal(one(*example), same(*example))
+    assert not torch.allclose(one(*example), other(*example))
+    assert all(torch.equal(a, b) for a, b in zip(example, ZOO["time_unet"].example(), strict=True))
+    assert not torch.equal(example[0], ZOO["time_unet"].example(seed=2)[0])
+
+
+def test_he_weights_keep_the_size_of_a_signal():
+    layers = [layer for _ in range(20) for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]
+    model, x = nn.Sequential(*layers), seed_images((2, 32, 8, 8))
+    assert dependence(model, x.shape) < 1e-3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        he_weights(model)
+    assert dependence(model, x.shape) > 0.1
+    assert 0.05 < model(x).std() < 5
+
+
+def test_the_empty_plan_is_the_model(network):
+    """Captured, relaxed by nothing, and another batch size than the example's."""
+    result = network.frontier.apply(network.frontier.at(1.0))
+    assert result.plan.entries == ()
+    assert sum(1 for _ in convolution_nodes(result.model)) == result.report.before.convolutions
+    inputs = inputs_of(network, batch=3, seed=2)
+    expected = outputs_of(network.model, inputs)
+    assert checks.dependence(expected) >= 0.01
+    assert relative_error(outputs_of(result.model, inputs), expected) <= 1e-5
+    assert relative_error(outputs_of(mirrored(result.model), inputs), expected) > 1e-3
+
+
+def test_budgets_are_met_or_the_least_is_named(network):
+    for budget, result in network.results.items():
+        share = result.report.measured / result.report.original
+        if budget >= network.least:
+            assert share <= budget
+        else:
+            assert share == pytest.approx(network.least)
+            with pytest.raises(BudgetError, match=f"smallest reachable is .* \\({network.least:.1%}\\)"):
+                network.frontier.compress(budget)
+        # Not exactly what is predicted: linear layers go with what they were added to, or grow with it.
+        assert result.report.measured <= result.report.predicted * (1 + 1e-3)
+
+
+def test_every_convolution_has_a_decision_and_a_reason(network):
+    for result in network.results.values():
+        decided = {each.convolution: each for each in result.report.decisions}
+        assert len(decided) == result.report.before.convolutions
+        assert all(
+            each.decision in ("kept", "merged", "removed", "dropped") and each.reason for each in decided.values()
+        )
+        touched = {name for c in result.plan.candidates for name in (*c.kept, *c.bypassed)}
+        assert touched == {name for name, each in decided.items() if each.decision != "kept"}
+
+
+def test_merged_equals_relaxed_at_another_batch_size(network):
+    for result in network.results.values():
+        assert result.report.error <= result.report.error_allowed <= 1e-2
+        assert result.report.dependence >= 1e-3
+        inputs = inputs_of(network, batch=3, seed=5)
+        own = result.report.original_error
+        assert check_equal(result.model, result.merge(), inputs, own).error <= max(1e-5, 20 * own)
+
+
+def test_the_check_catches_a_mirrored_kernel(network):
+    result = network.results[0.85]
+    with pytest.raises(InternalError, match="differs from its trainable form"):
+        check_equal(result.model, mirrored(result.merge()), inputs_of(network), result.report.original_error)
+
+
+def test_onnx_runtime_gives_the_same_outputs_at_two_batch_sizes(network, tmp_path):
+    import onnxruntime
+
+    result = network.results[0.7]
+    merged = result.merge()
+    path = fxmerge.export(result, tmp_path / "net.onnx", check=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    wanted = {entry.name for entry in session.get_inputs()}
+    allowed = max(1e-4, 20 * result.report.original_error)
+    for batch in (3, 2):
+        args, kwargs = inputs_of(network, batch, seed=batch)
+        arrays = {name: array for name, array in input_arrays(merged, args, kwargs).items() if name in wanted}
+        found = [torch.from_numpy(array) for array in session.run(None, arrays)]
+        expected = outputs_of(merged, (args, kwargs))
+        assert relative_error(found, expected) <= allowed
+        assert relative_error([each.roll(1, 0) for each in found], expected) > 0.1
+
+
+def test_the_best_plan_at_70_percent_merges(network):
+    if network.name in MERGING:
+        assert network.results[0.7].plan.merges
+        assert network.results[0.7].report.after.convolutions < network.results[0.7].report.before.convolutions
+
+
+def test_meshes_are_few_and_the_chains_inside_them_are_found(network):
+    """A Mesh's convolutions are in a Series of their own wherever something is in a row with them."""
+    tree = network.frontier.enumeration.series[0]
+    found = meshes(tree)
+    convolutions_inside = [node.target for mesh in found for node in mesh.nodes if is_conv(node)]
+    assert (len(found), len(convolutions_inside)) == MESHES.get(network.name, (0, 0))
+    if network.name in ("densenet", "fusion"):
+        assert set(convolutions_inside) <= {node.target for node in in_series(tree)}
+
+
+def test_blocks_that_read_an_embedding_of_the_image_are_one_series():
+    model = ZOO["embedded"].make().eval()
+    tree = region_tree(fxmerge.capture(model, ZOO["embedded"].example()))
+    joins = [child.join for child in tree.children if isinstance(child, Parallel)]
+    assert joins == ["add"] * 3
+    assert meshes(tree) == []
+    branches = [branch for child in tree.children if isinstance(child, Parallel) for branch in child.branches]
+    chains = [branch for branch in branches if branch is not None]
+    assert [sum(is_conv(node) for node in operations(chain)) for chain in chains] == [2, 2, 2]

@@ -72,7 +72,7 @@ OTHERS = {
     "overhang": (lambda m, x: F.avg_pool2d(x, 2, ceil_mode=True), "not-linear"),
     "computed weight": (
         lambda m, x: F.conv2d(x, x.mean((0, 2, 3)).reshape(4, 1, 1, 1), groups=4),
-        "mesh",
+        "computed-weight",
     ),
     "mirrored border": (lambda m, x: F.pad(x, (1, 1, 1, 1), "reflect"), "padding-mode"),
     "gate of itself": (lambda m, x: x * x.mean((2, 3), keepdim=True), "gate"),

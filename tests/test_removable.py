@@ -90,7 +90,9 @@ def test_the_registry():
     assert Decorated in registered()
 
 
-@pytest.mark.parametrize("wrong", [torch.relu, int, nn.ReLU(), "ReLU", None], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [torch.relu, int, nn.ReLU(), "ReLU", None], ids=["function", "int", "module", "name", "nothing"]
+)
 def test_what_is_no_module_class_is_refused(wrong):
     with pytest.raises(UserError, match=r"cannot be registered: it is not a subclass of torch\.nn\.Module"):
         fxmerge.register_removable(wrong)

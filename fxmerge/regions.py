@@ -63,7 +63,7 @@ class Parallel:
     @property
     def join(self) -> str:
         """``add``, ``sub``, ``mul``, ``concat``, or ``other``: any other operation of several values, such as attention."""
-        return "other" if self.exit.kwargs else JOINS.get(self.exit.target, "other")  # type: ignore[arg-type]
+        return "other" if self.exit.kwargs else JOINS.get(self.exit.target, "other")  # type: ignore[call-overload]
 
     @property
     def adds(self) -> bool:

@@ -238,7 +238,7 @@ class Odd(nn.Module):
 
 def test_what_cannot_fold_stays_and_says_so():
     result = fold(lively(Odd()), 2, 3, 6, 6)
-    assert {refusal.code for refusal in result.refusals} == {"shared", "batch-statistics"}
+    assert {refusal.code for refusal in result.refusals} == {"shared", "batch-statistics", "padding-mode"}
     assert result.modified  # x + x is a scale of the convolution in front of it
     assert kinds(result.graph_module) == [
         "Conv2d",

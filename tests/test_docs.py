@@ -222,7 +222,7 @@ def test_the_reference_lists_every_option():
 def reason_codes() -> set[str]:
     """The codes of all refusals in the source; ``input`` is never shown."""
     sources = [path.read_text() for folder in ("fxmerge", "passes") for path in sorted((ROOT / folder).glob("*.py"))]
-    pattern = r'(?:Barrier|InexactError|_refuse)\(\s*"([a-z-]+)"'
+    pattern = r'(?:Barrier|InexactError|Refusal|_refuse)\(\s*"([a-z-]+)"'
     return {code for source in sources for code in re.findall(pattern, source)} - {"input"}
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -229,6 +230,18 @@ def test_onnxruntime_measures_each_layer_once():
     OnnxRuntime(threads=1).measure(signatures, lambda signature, latency: results.append((signature, latency)))
     assert [signature for signature, _ in results] == signatures
     assert all(0 < latency < 1e4 for _, latency in results)
+
+
+def test_onnxruntime_profiles_are_not_mixed_up(monkeypatch):
+    """Sessions made within the same millisecond have profiles of their own."""
+    monkeypatch.setattr("fxmerge.runtimes.onnxruntime._SWEEP_SECONDS", 0)
+    monkeypatch.setattr("fxmerge.runtimes.onnxruntime._GROUP", 64)
+    written = []
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: written.append(path) or read(path))
+    tiny = [LayerSignature(Geometry.identity(1, 2), (1, width), 1) for width in range(1, 65)]
+    OnnxRuntime(threads=1).measure(tiny, lambda signature, latency: None)
+    assert len(set(written)) == len(written) == 64
 
 
 def test_onnxruntime_names_the_layer_it_failed_on(monkeypatch):

@@ -106,7 +106,7 @@ class OnnxRuntime:
         for start in range(0, len(signatures), _GROUP):
             group = signatures[start : start + _GROUP]
             with TemporaryDirectory(prefix="fxmerge-") as folder:
-                sessions = [self._profiled(signature, Path(folder)) for signature in group]
+                sessions = [self._profiled(layer, Path(folder, str(place))) for place, layer in enumerate(group)]
                 for _ in range(_SWEEPS):
                     for run in sessions:
                         run.sweep()
@@ -125,10 +125,11 @@ class OnnxRuntime:
         run()
         return run
 
-    def _profiled(self, signature: LayerSignature, folder: Path) -> _Profiled:
+    def _profiled(self, signature: LayerSignature, prefix: Path) -> _Profiled:
         options = self._options()
         options.enable_profiling = True
-        options.profile_file_prefix = str(folder / "layer")
+        # Of its own: ONNX Runtime adds only the time of day, and two sessions of the same moment would write one file.
+        options.profile_file_prefix = str(prefix)
         try:
             model, feeds = _layer(signature)
             session = self._session(model, options)

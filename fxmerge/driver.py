@@ -211,7 +211,8 @@ class Frontier:
         return BudgetError(
             f"the budget of {format_latency(amount, self.unit)} ({amount / self.original:.1%} of the original) is out of reach: "
             f"the smallest reachable is {format_latency(smallest, self.unit)} ({smallest / self.original:.1%}). Raise the budget, "
-            "or allow more: a larger max_kernel or max_span."
+            "or allow more: a larger max_kernel or max_span.",
+            smallest,
         )
 
     def _plan(self, chosen: Iterable[Any]) -> Plan:
@@ -315,12 +316,14 @@ class Frontier:
 
     def _largest_counted(self, amount: float) -> Result:
         """The best plan whose network counts no more than ``amount``: what carries side inputs on is in no table."""
+        counted = []
         for index in range(self._index(amount), -1, -1):
             plan = self.plan(index)
             measured, original = self._measure(self._install(plan, None)[0])
             if measured.latency <= amount:
                 return self._result(plan, measured, original, amount)
-        raise self._unreachable(amount, measured.latency)
+            counted.append(measured.latency)
+        raise self._unreachable(amount, min(counted))
 
     def _search(self, budget: Budget) -> Result:
         latencies = np.array([latency for latency, _ in self.points])

@@ -29,7 +29,11 @@ class UserError(FxmergeError, ValueError):
 
 
 class BudgetError(UserError):
-    """A budget that cannot be read, has the wrong unit, or is out of reach."""
+    """A budget that cannot be read, has the wrong unit, or is out of reach: then ``smallest`` is what can be reached."""
+
+    def __init__(self, message: str, smallest: float | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
 
 
 class PlanError(UserError):

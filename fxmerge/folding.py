@@ -25,7 +25,17 @@ from .algebra import (
 )
 from .candidates import Refusal
 from .errors import InexactError
-from .graph import CONVOLUTIONS, device_of, is_convolution, is_tensor, module_of, node_id, shape_of, shared_targets
+from .graph import (
+    CONVOLUTIONS,
+    META,
+    device_of,
+    is_convolution,
+    is_tensor,
+    module_of,
+    node_id,
+    shape_of,
+    shared_targets,
+)
 from .linear import Barrier, Linear, Removable, Side, conv_geometry, linear_map, meaning, source_of
 from .regions import JOINS, Mesh, Region, Series, all_series, operations, region_tree
 from .surgery import join_operands
@@ -275,7 +285,9 @@ class _Search:
                 total = first if stop == start + 1 else self._then(total, steps[stop - 1])
                 if total is None:
                     break
-                if total.cost and total.saved > 0 and _is_closed(total) and self._holds(total) and self._pays(total):
+                if not (total.cost and total.saved > 0 and _is_closed(total) and _reads_in_time(total)):
+                    continue
+                if self._holds(total) and self._pays(total):
                     yield start, stop, total
 
     def _step(self, entry: fx.Node | None, region: Region) -> Run | None:
@@ -297,7 +309,7 @@ class _Search:
 
     def _linear(self, node: fx.Node) -> bool:
         if node.target in JOINS:
-            return True
+            return not node.meta[META].get("opaque")
         if not is_tensor(node) or len(shape_of(node)) < 3:
             return False
         what = meaning(self.gm, node, self.shared)
@@ -350,6 +362,14 @@ class _Search:
 def _is_closed(run: Run) -> bool:
     """Whether nobody else reads a value inside."""
     return all(reader in run.nodes for node in run.nodes if node is not run.exit for reader in node.users)
+
+
+def _reads_in_time(run: Run) -> bool:
+    """Whether a convolution in the place of the run's first reader reads what all of them read.
+
+    A value that is written in place may have changed between two readers.
+    """
+    return not run.entry.meta[META].get("opaque") or sum(run.entry in node.all_input_nodes for node in run.nodes) == 1
 
 
 def _cheapest(runs: Iterable[tuple[int, int, Run]], length: int) -> list[tuple[int, int, Run]]:

@@ -63,7 +63,7 @@ _MODULES: dict[str, type[nn.Module]] = {
 }
 
 _OPERATORS = """
-    abs add and_ eq floordiv ge getitem gt le lt mod mul ne neg not_ or_ pos pow sub truediv xor
+    abs add and_ eq floordiv ge getitem gt is_ le lt mod mul ne neg not_ or_ pos pow sub truediv xor
 """
 _SYMBOLIC = "_assert sym_float sym_int sym_ite sym_max sym_min sym_not sym_sqrt sym_sum"
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -26,12 +26,18 @@ __all__ = [
 ]
 
 
-def insert_pad(gm: fx.GraphModule, source: fx.Node, left: Sequence[int], right: Sequence[int]) -> fx.Node:
-    """A new operation right behind ``source`` that pads it with zeros, or crops it where a number is negative.
+def insert_pad(
+    gm: fx.GraphModule,
+    source: fx.Node,
+    left: Sequence[int],
+    right: Sequence[int],
+    before: fx.Node | None = None,
+) -> fx.Node:
+    """A new operation that pads ``source`` with zeros, or crops it where a number is negative; nothing reads it yet.
 
-    Nothing reads it yet.
+    It stands right behind ``source``, or in front of ``before``.
     """
-    with gm.graph.inserting_after(source):
+    with gm.graph.inserting_before(before) if before else gm.graph.inserting_after(source):
         pad = gm.graph.call_function(F.pad, (source, as_torch_pad(left, right)))
     batch, channels, *size = shape_of(source)
     padded = [n + a + b for n, a, b in zip(size, left, right, strict=True)]

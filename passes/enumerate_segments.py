@@ -25,6 +25,7 @@ from __future__ import annotations
 
 __all__ = ["EnumerateSegmentsPass", "EnumerationResult", "enumerate_segments"]
 
+import math
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -411,8 +412,13 @@ class _Search:
             if not way.kept or len(way.kept) + len(way.bypassed) + way.fused < 2:
                 continue
             fitting = [name for name in way.norms if shape_of(self.nodes[name])[1] == geometry.out_channels]
-            if way.norms and not fitting:
-                reason = f"no norm of the segment up to {node_id(exit_)!r} has {geometry.out_channels} channels"
+            point = math.prod(shape_of(exit_)[2:]) == 1
+            if way.norms and (point or not fitting):
+                reason = (
+                    f"a norm behind {node_id(exit_)!r} would see a single pixel"
+                    if point
+                    else f"no norm of the segment up to {node_id(exit_)!r} has {geometry.out_channels} channels"
+                )
                 for name in dict.fromkeys((way.kept[0], way.kept[-1])):
                     self._refuse("norm", name, way.norms[-1], reason)
                 continue

@@ -139,8 +139,10 @@ def _install(
     path = next(str(node.target) for node in sorted(inside) if is_convolution(gm, node))
     weight = gm.get_parameter(f"{path}.weight")
     conv, sides = composed.conv_map.to_conv(weight.dtype, weight.device)
-    source = entry if sides is None else insert_pad(gm, entry, *sides)
-    with gm.graph.inserting_before(exit_):
+    # Where the entry may be overwritten later, it has to be read where it was; side inputs may be computed later.
+    place = exit_ if composed.sides else min(node for node in inside if entry in node.all_input_nodes)
+    source = entry if sides is None else insert_pad(gm, entry, *sides, before=place)
+    with gm.graph.inserting_before(place):
         new = gm.graph.call_module(path, (source,))
         new.meta[META] = {**exit_.meta[META], "id": path, "made_of": _convolutions(gm, inside)}
         for value, matrix in composed.sides.items():

@@ -6,13 +6,16 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
 from fxmerge.algebra import Geometry
 
-__all__ = ["LayerSignature", "Runtime", "Timing", "interleave"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["LayerSignature", "Profile", "ProfilingRuntime", "Runtime", "Timing", "interleave"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,33 @@ class Runtime(Protocol):
 
     def build(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], float]:
         """Prepare a network, in eval mode; each call of what is returned runs it once, in ``unit``."""
+        ...
+
+
+class Profile(Protocol):
+    """A network that is ready to run on a runtime, each of its operators timed."""
+
+    def sweep(self) -> None:
+        """Run the network a few times."""
+        ...
+
+    def latencies(self) -> dict[str, float]:
+        """The runtime's name of each operator -> the smallest milliseconds of all runs. Ends the profile.
+
+        Names hold those of the ONNX nodes that the operator was made of, or of values that they compute.
+        """
+        ...
+
+
+@runtime_checkable
+class ProfilingRuntime(Runtime, Protocol):
+    """A runtime that times the operators of a network while the whole network runs.
+
+    Layers are then timed inside networks (:mod:`fxmerge.covering`); other runtimes are asked to ``measure`` them.
+    """
+
+    def profile(self, model: bytes, feeds: Mapping[str, NDArray[Any]]) -> Profile:
+        """Prepare a serialised ONNX model for profiled runs on these inputs."""
         ...
 
 

@@ -407,3 +407,38 @@ def test_both_checks_catch_a_wrong_fold(mutation, dtype, monkeypatch):
     wrong = folded(result)
     with pytest.raises(InternalError, match="differs from its trainable form"):
         check_equal(result, wrong, ((x,), {}), rounding)
+
+
+class _HalfOverwritten(nn.Module):
+    """A value that is overwritten in part, in front of its readers, behind them, or between two of them."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.first, self.norm = nn.Conv2d(4, 4, 2, bias=False), nn.BatchNorm2d(4)
+        self.second, self.skip = nn.Conv2d(4, 4, (1, 1)), nn.Conv2d(4, 4, 2)
+        self.when = when
+
+    def forward(self, x):
+        x = self.stem(x)
+        half = x[:, :2]
+        if self.when == "before":
+            half.mul_(0.5)
+        y = self.first(x)
+        if self.when == "between":
+            half.mul_(0.5)
+        y = self.second(self.norm(y)) + self.skip(x)
+        if self.when == "behind":
+            half.mul_(0.5)
+        return y, half
+
+
+@pytest.mark.parametrize(("when", "left"), [("before", 3), ("between", 3), ("behind", 2)])
+def test_what_is_written_in_place_is_read_where_it_was(when, left):
+    """Branches that may read different values are never one convolution; each may fold by itself."""
+    net = lively(_HalfOverwritten(when))
+    x = images(3, 3, 8, 7)
+    gm = captured(net, x)
+    result = FoldPass()(clone(gm)).graph_module
+    assert relative_error(outputs_of(result, ((x,), {})), outputs_of(net, ((x,), {}))) < TOLERANCE
+    assert len(list(convolutions(result))) == left

@@ -190,6 +190,15 @@ def test_a_norm_of_other_channels_has_nowhere_to_return():
     assert ("norm", "0", "1") in {(each.code, each.convolution, each.node) for each in enumeration.refusals}
 
 
+@pytest.mark.parametrize(("size", "refused"), [(5, True), (6, False)], ids=["one pixel", "two pixels"])
+def test_a_norm_does_not_return_to_a_single_pixel(size, refused):
+    """It would give zeros there, and torch raises for an instance norm."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 5))
+    enumeration = enumerate_segments(captured(lively(net), images(2, 3, 5, size)))
+    assert any(each.code == "norm" and "single pixel" in each.reason for each in enumeration.refusals) is refused
+    assert any(site.candidate.kept == ("0", "2") for site in enumeration.sites) is not refused
+
+
 def test_an_activation_may_stand_behind_the_returned_norm():
     net, x = lively(nn.Sequential(*list(normed(nn.GroupNorm(2, 4)))[:4], nn.Conv2d(4, 2, 1))), images(2, 3, 8, 9)
     gm = captured(net, x)

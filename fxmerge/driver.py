@@ -21,6 +21,7 @@ from .calibration import Batch, Calibration, read_calibration
 from .candidates import Candidate, Enumeration, Limits, Site, submodules
 from .capture import capture
 from .checks import check_equal, distinct_inputs, outputs_of, own_error
+from .closed_loop import Build, search
 from .errors import BudgetError, PlanError, UnsupportedError, UserError
 from .estimators import Estimator, apply_candidates, get_estimator
 from .graph import clone, convolutions, device_of, graph_meta, refuse_other_structure, structure
@@ -41,7 +42,7 @@ __all__ = ["Frontier", "compress", "fold", "frontier"]
 
 _FITS = ("auto", "compose")
 _TOLERANCE = 0.02
-_BUILDS = 6
+_DRIFT = 0.05
 _TRIES = 8
 _log = logging.getLogger("fxmerge")
 
@@ -265,8 +266,12 @@ class Frontier:
         requested: float,
         notes: tuple[str, ...] = (),
         seconds: Mapping[str, float] = MappingProxyType({}),
+        builds: Sequence[Build] = (),
     ) -> Result:
         setup, seconds = self._setup, {**self._seconds, **seconds}
+        drift = original.latency / self.original - 1
+        if abs(drift) > _DRIFT:
+            notes = (*notes, self._about_drift(original.latency))
         with _stage(seconds, "install", "Installing the plan"):
             merged, model = self._install(plan, setup.calibration if plan.candidates else None)
             self._installed = None  # handed out: the user may change it
@@ -298,9 +303,18 @@ class Frontier:
             original_error=self._rounding,
             dependence=checked.dependence,
             bound=self._table.scale * self._points.bound,
+            builds=tuple((b.predicted / self.original, b.measured.latency / b.original.latency) for b in builds),
+            drift=drift,
             seconds=seconds,
         )
         return Result(model, plan, report, setup.example)
+
+    def _about_drift(self, latest: float) -> str:
+        return (
+            f"the machine changed its speed: the original took {format_latency(self.original, self.unit)} when layers were "
+            f"measured and {format_latency(latest, self.unit)} at the end; all shares are of the latter. Something else may "
+            "be running"
+        )
 
     def _fit_budget(self, budget: Budget) -> Result:
         """The closed loop: solve, build, measure, move the target, until the largest plan within the budget is found."""
@@ -326,44 +340,34 @@ class Frontier:
         raise self._unreachable(amount, min(counted))
 
     def _search(self, budget: Budget) -> Result:
-        latencies = np.array([latency for latency, _ in self.points])
-        below, above = -1, len(latencies) - 1  # the last plan is the original itself
-        best: tuple[Plan, Timing, Timing] | None = None
-        smallest = float("inf")
-        target = budget.resolve(self.original)
-        if above == 0:
-            raise self._unreachable(target, self.original)
+        latencies = [latency for latency, _ in self.points[:-1]]  # the last plan is the original itself
+        if not latencies:
+            raise self._unreachable(budget.resolve(self.original), self.original)
         seconds: dict[str, float] = {}
+
+        def measure(index: int) -> tuple[Timing, Timing]:
+            measured, original = self._measure(self._install(self.plan(index), None)[0])
+            _log.debug(
+                "plan %d of %d: predicted %.3f, measured %.3f of the original, repeatability %.3f",
+                index,
+                len(latencies),
+                latencies[index] / self.original,
+                measured.latency / original.latency,
+                max(measured.repeatability, original.repeatability),
+            )
+            return measured, original
+
         with _stage(seconds, "closed loop", "Measuring compressed networks"):
-            for build in range(_BUILDS):
-                index = int(np.searchsorted(latencies, target, side="right")) - 1
-                last = build == _BUILDS - 1 and best is None
-                index = 0 if last else min(max(index, below + 1), above - 1)
-                plan = self.plan(index)
-                measured, original = self._measure(self._install(plan, None)[0])
-                amount = budget.resolve(original.latency)
-                smallest = min(smallest, measured.latency)
-                _log.debug(
-                    "build %d: plan %d of %d, predicted %.3f, measured %.3f of the original, repeatability %.3f",
-                    build,
-                    index,
-                    len(latencies),
-                    plan.predicted / self.original,
-                    measured.latency / original.latency,
-                    max(measured.repeatability, original.repeatability),
-                )
-                if measured.latency <= amount:
-                    best, below = (plan, measured, original), index
-                else:
-                    above = index
-                near = best is not None and best[1].latency >= (1 - _TOLERANCE) * budget.resolve(best[2].latency)
-                if above - below <= 1 or near:
-                    break
-                target = float(latencies[index]) * amount / measured.latency
-        if best is None:
+            builds = search(latencies, measure, budget.resolve, budget.resolve(self.original))
+        within = [build for build in builds if build.within]
+        if not within:
+            smallest = min(build.measured.latency for build in builds)
             raise self._unreachable(budget.resolve(self.original), smallest)
-        plan, measured, original = best
-        return self._result(plan, measured, original, budget.resolve(original.latency), seconds=seconds)
+        best = max(within, key=lambda build: build.index)
+        requested = budget.resolve(best.original.latency)
+        return self._result(
+            self.plan(best.index), best.measured, best.original, requested, seconds=seconds, builds=builds
+        )
 
 
 def compress(
@@ -563,7 +567,7 @@ def _solve(
     setup: _Setup, store: LatencyStore | None, seconds: dict[str, float], max_points: int | None, measure_seconds: float
 ) -> Frontier:
     from .passes.enumerate_segments import enumerate_segments
-    from .passes.profile_latency import profile_latency
+    from .passes.profile_latency import Deployed, profile_latency
     from .passes.score_importance import score_importance
     from .passes.select_segments import selection_problem
 
@@ -574,9 +578,10 @@ def _solve(
         deployed = merge_graph(base)
         timer = runtime.build(deployed, *setup.example)
         original = interleave([timer], measure_seconds, deterministic=runtime.deterministic)[0]
-        table = profile_latency(base, enumeration, runtime, setup.batch, original.latency, store, deployed)
+        inputs = Deployed(deployed, *setup.example)
+        table = profile_latency(base, enumeration, runtime, setup.batch, original.latency, store, inputs)
     # What is no faster than leaving the network alone is never chosen: do not spend time on scoring it.
-    useful = tuple(site for site in enumeration.sites if table.of(site.candidate) < _replaced(site.candidate, table))
+    useful = tuple(site for site in enumeration.sites if table.of(site.candidate) < table.replaced(site.candidate))
     worth = replace(enumeration, sites=useful)
     with _stage(seconds, "score", "Scoring candidates"):
         losses = score_importance(base, worth, setup.estimator)
@@ -590,11 +595,6 @@ def _best_of(tries: Sequence[Timing]) -> Timing:
     latencies = sorted(timing.latency for timing in tries)
     spread = (latencies[1] - latencies[0]) / latencies[0] if len(tries) > 1 else tries[0].repeatability
     return Timing(latencies[0], spread, sum(timing.runs for timing in tries))
-
-
-def _replaced(candidate: Candidate, table: LatencyTable) -> float:
-    """Latency of the convolutions that a candidate replaces."""
-    return sum(table.kept[name] for name in (*candidate.kept, *candidate.bypassed))
 
 
 def fold(model: nn.Module, example_input: Example) -> fx.GraphModule:

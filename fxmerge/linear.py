@@ -32,6 +32,7 @@ __all__ = [
     "is_batch_norm",
     "is_constant",
     "is_filter",
+    "is_joined",
     "linear_map",
     "meaning",
     "pad_sides",
@@ -559,3 +560,13 @@ def activation_after(gm: fx.GraphModule, node: fx.Node) -> str | None:
         if not isinstance(module, (*_BATCH_NORMS, *FREE)):
             return None
     return None
+
+
+def is_joined(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a value goes, through batch norms at most, into an addition of two values alone."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if isinstance(module_of(gm, node), (*_BATCH_NORMS, *FREE)):
+            continue
+        return node.target is _aten.add.Tensor and len(node.all_input_nodes) == 2
+    return False

@@ -107,6 +107,11 @@ class Bar:
         else:
             self._display.advance(self, steps, note)
 
+    def advance_to(self, done: int, total: int) -> None:
+        """Say how many steps are done, of how many."""
+        self.total = total
+        self.advance(done - self.done)
+
 
 class _View(Protocol):
     """A way to show bars. The display calls it with its lock held."""

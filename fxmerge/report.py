@@ -51,7 +51,9 @@ class Report:
     """All there is to say about one compression; ``print`` it.
 
     Latencies are in ``unit``, end to end. ``measured`` and ``repeatability`` come from the same session as ``original``, runs
-    interleaved; ``repeatability`` is the machine's own relative spread.
+    interleaved; ``repeatability`` is the machine's own relative spread. ``builds`` are the networks of the closed loop, each
+    with its predicted and its measured share of the original; ``drift`` is by how much the original's latency differs from
+    what it was when layers were measured.
     """
 
     data: str
@@ -75,6 +77,8 @@ class Report:
     original_error: float
     dependence: float
     bound: float
+    builds: tuple[tuple[float, float], ...]
+    drift: float
     seconds: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +96,7 @@ class Report:
             fields: dict[str, Any] = {name: math.inf if value is None else value for name, value in data.items()}
             fields["notes"] = tuple(fields["notes"])
             fields["before"], fields["after"] = Size(**fields["before"]), Size(**fields["after"])
+            fields["builds"] = tuple((predicted, measured) for predicted, measured in fields["builds"])
             fields["decisions"] = tuple(Decision(**each) for each in fields["decisions"])
             return Report(**fields)
         except (KeyError, TypeError) as error:
@@ -115,6 +120,7 @@ class Report:
             f"requested:    {show(self.requested)}",
             f"predicted:    {show(self.predicted)}",
             f"measured:     {measured}",
+            *self._closed_loop(),
             f"convolutions: {self.before.convolutions} -> {self.after.convolutions}",
             f"parameters:   {self.before.parameters:,} -> {self.after.parameters:,}",
             f"candidates:   {_counts(self.candidates)}; {self.useful} of them faster than what they replace",
@@ -124,6 +130,12 @@ class Report:
         ]
         wrapped = (piece for line in lines for piece in _wrap(line, "", " " * 14))
         return "\n".join([*wrapped, "", *_table(self.decisions)])
+
+    def _closed_loop(self) -> list[str]:
+        if not self.builds:
+            return []
+        listed = ", ".join(f"{measured:.1%} for {predicted:.1%}" for predicted, measured in self.builds)
+        return [f"built:        {listed} predicted; the original's latency drifted by {self.drift:+.1%}"]
 
     def __repr__(self) -> str:
         return (

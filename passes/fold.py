@@ -9,7 +9,8 @@
    (``costs-more``), what is shared, batch norms without running statistics, and padding modes other than zeros. The
    result's ``refusals`` say so.
 
-A folded convolution has the ids of those that it replaces under ``node.meta["fxmerge"]["made_of"]``. The pass works in
+A folded convolution has the ids of those that it replaces under ``node.meta["fxmerge"]["made_of"]``, and that of the
+last operation it replaces under ``"exit"``. The pass works in
 place on a graph in eval mode: dropouts count as the identity. It needs the ids and shapes of a
 canonical graph, and leaves them. Each convolution is checked in float64 before it is installed: against the operations
 it replaces, on two random inputs of the segment's own entry shape, borders included, to 1e-10 of what varies between
@@ -144,7 +145,7 @@ def _install(
     source = entry if sides is None else insert_pad(gm, entry, *sides, before=place)
     with gm.graph.inserting_before(place):
         new = gm.graph.call_module(path, (source,))
-        new.meta[META] = {**exit_.meta[META], "id": path, "made_of": _convolutions(gm, inside)}
+        new.meta[META] = {**exit_.meta[META], "id": path, "made_of": _convolutions(gm, inside), "exit": node_id(exit_)}
         for value, matrix in composed.sides.items():
             new = insert_side(gm, new, value, matrix.to(weight), f"{path}_side")
     exit_.replace_all_uses_with(new)

@@ -91,7 +91,8 @@ def selection_problem(enumeration: Enumeration, latencies: LatencyTable, losses:
             return Leaf(latencies.kept.get(node_id(region.exit), 0.0))
         if isinstance(region, Parallel):
             branches = tuple(Leaf(0.0) if branch is None else chain(branch) for branch in region.branches)
-            return Fork(branches, tuple(drop(branch) for branch in region.branches))
+            drops = tuple(drop(branch) for branch in region.branches)
+            return Fork(branches, drops, latencies.kept.get(node_id(region.exit), 0.0))
         return mesh(region)
 
     def mesh(region: Mesh) -> Problem:
@@ -103,4 +104,4 @@ def selection_problem(enumeration: Enumeration, latencies: LatencyTable, losses:
     inside_tree = {node_id(node) for node in operations(tree)}
     outside = sum(latency for name, latency in latencies.kept.items() if name not in inside_tree)
     whole = chain(tree)
-    return Fork((Leaf(outside), whole)) if outside else whole  # convolutions that only compute side inputs
+    return Fork((Leaf(outside), whole)) if outside else whole  # what only computes side inputs

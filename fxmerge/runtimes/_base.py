@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import nn
 
@@ -15,7 +15,17 @@ from fxmerge.algebra import Geometry
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LayerSignature", "Profile", "ProfilingRuntime", "Runtime", "Timing", "interleave"]
+__all__ = [
+    "LayerSignature",
+    "OpSignature",
+    "Profile",
+    "ProfilingRuntime",
+    "Runtime",
+    "Signature",
+    "Timing",
+    "interleave",
+    "signature_from_key",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +40,14 @@ class LayerSignature:
         batch: number of images per run.
         activation: name of the ``torch.nn`` class that follows and that a runtime may fuse, such as
             ``"ReLU"``.
+        joined: whether its output is then added to another value, which a runtime may fuse, too.
     """
 
     geometry: Geometry
     in_size: tuple[int, ...]
     batch: int
     activation: str | None = None
+    joined: bool = False
 
     def key(self) -> str:
         """Canonical JSON, the same in every process: what a stored latency is looked up by."""
@@ -44,6 +56,7 @@ class LayerSignature:
             "in_size": self.in_size,
             "batch": self.batch,
             "activation": self.activation,
+            "joined": self.joined,
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
@@ -56,7 +69,42 @@ class LayerSignature:
             in_size=tuple(content["in_size"]),
             batch=content["batch"],
             activation=content["activation"],
+            joined=content.get("joined", False),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class OpSignature:
+    """An entry of a latency table about what surrounds the convolutions: a pool, an addition, a classifier.
+
+    Attributes:
+        operation: with its options.
+        shapes: of its inputs and its output, without the batch.
+        batch: number of images per run.
+        after: what computes its inputs: an operation may run inside of the one in front of it, at no cost of its own.
+    """
+
+    operation: str
+    shapes: tuple[tuple[int, ...], ...]
+    batch: int
+    after: tuple[str, ...] = ()
+
+    def key(self) -> str:
+        """Canonical JSON, the same in every process."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+
+Signature: TypeAlias = LayerSignature | OpSignature
+"""What a latency table has an entry for."""
+
+
+def signature_from_key(key: str) -> Signature:
+    """The signature whose ``key`` this is."""
+    content = json.loads(key)
+    if "geometry" in content:
+        return LayerSignature.from_key(key)
+    shapes = tuple(map(tuple, content["shapes"]))
+    return OpSignature(content["operation"], shapes, content["batch"], tuple(content["after"]))
 
 
 @runtime_checkable
@@ -100,8 +148,8 @@ class Runtime(Protocol):
 class Profile(Protocol):
     """A network that is ready to run on a runtime, each of its operators timed."""
 
-    def sweep(self) -> None:
-        """Run the network a few times."""
+    def sweep(self) -> float:
+        """Run the network a few times; the smallest milliseconds of one run."""
         ...
 
     def latencies(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ from fxmerge.algebra import Geometry
 from fxmerge.errors import InternalError, MissingPackageError
 from fxmerge.exporters import input_arrays, onnx_bytes
 
-from ._base import LayerSignature
+from ._base import LayerSignature, Profile
 
 if TYPE_CHECKING:
     import onnx
@@ -105,14 +105,13 @@ class OnnxRuntime:
         """
         for start in range(0, len(signatures), _GROUP):
             group = signatures[start : start + _GROUP]
-            with TemporaryDirectory(prefix="fxmerge-") as folder:
-                sessions = [self._profiled(layer, Path(folder, str(place))) for place, layer in enumerate(group)]
-                for _ in range(_SWEEPS):
-                    for run in sessions:
-                        run.sweep()
-                latencies = [run.latency() for run in sessions]
-            for signature, latency in zip(group, latencies, strict=True):
-                on_result(signature, latency)
+            profiles = [self._layer(signature) for signature in group]
+            for _ in range(_SWEEPS):
+                for profile in profiles:
+                    profile.sweep()
+            for signature, profile in zip(group, profiles, strict=True):
+                operators = profile.latencies()
+                on_result(signature, sum(operators[name] for name in operators if not name.startswith(_LAYOUT)))
 
     def build(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], float]:
         """Export the network at the given inputs' sizes and prepare a session, run once to warm up.
@@ -125,18 +124,19 @@ class OnnxRuntime:
         run()
         return run
 
-    def _profiled(self, signature: LayerSignature, prefix: Path) -> _Profiled:
-        options = self._options()
-        options.enable_profiling = True
-        # Of its own: ONNX Runtime adds only the time of day, and two sessions of the same moment would write one file.
-        options.profile_file_prefix = str(prefix)
+    def profile(self, model: bytes, feeds: Mapping[str, NDArray[Any]]) -> Profile:
+        """A session of a serialised ONNX model whose operators are timed.
+
+        Raises:
+            InternalError: ONNX Runtime rejects the model.
+        """
+        return _Profiled(self, model, feeds)
+
+    def _layer(self, signature: LayerSignature) -> Profile:
         try:
-            model, feeds = _layer(signature)
-            session = self._session(model, options)
-            session.run(None, feeds)
+            return self.profile(*_layer(signature))
         except Exception as error:
             raise InternalError(f"ONNX Runtime failed on the layer {signature.key()}: {error}") from error
-        return _Profiled(session, feeds)
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -165,29 +165,40 @@ class OnnxRuntime:
 
 
 class _Profiled:
-    """A session of one layer whose operators are timed."""
+    """A session whose operators are timed."""
 
-    def __init__(self, session: Any, feeds: Mapping[str, NDArray[Any]]) -> None:
-        self.session = session
-        self.feeds = feeds
+    def __init__(self, runtime: OnnxRuntime, model: bytes, feeds: Mapping[str, NDArray[Any]]) -> None:
+        # A folder of its own: ONNX Runtime names profiles by the millisecond, and two sessions would write one file.
+        self.folder = TemporaryDirectory(prefix="fxmerge-")
+        options = runtime._options()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(self.folder.name, "profile"))
+        self.session = runtime._session(model, options)
+        self.feeds = {entry.name: feeds[entry.name] for entry in self.session.get_inputs()}
+        self.session.run(None, self.feeds)
 
-    def sweep(self) -> None:
-        """Run a number of times that suits the layer: at least three, up to 50 ms if it is quick."""
+    def sweep(self) -> float:
+        """Run a number of times that suits the network: at least three, up to 50 ms if it is quick."""
         end = time.perf_counter() + _SWEEP_SECONDS
+        best = math.inf
         runs = 0
         while runs < _SWEEP_RUNS or time.perf_counter() < end:
+            start = time.perf_counter()
             self.session.run(None, self.feeds)
+            best = min(best, time.perf_counter() - start)
             runs += 1
+        return best * 1e3
 
-    def latency(self) -> float:
-        """Milliseconds: over its operators the sum of the smallest time of each."""
-        events = json.loads(Path(self.session.end_profiling()).read_text())
+    def latencies(self) -> dict[str, float]:
+        """Milliseconds: the smallest time of each operator."""
+        with self.folder:
+            events = json.loads(Path(self.session.end_profiling()).read_text())
         best: dict[str, float] = {}
         for event in events:
-            kernel = event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-            if kernel and event["args"]["op_name"] not in _LAYOUT:
-                best[event["name"]] = min(event["dur"], best.get(event["name"], math.inf))
-        return sum(best.values()) / 1e3
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                name = event["name"].removesuffix("_kernel_time")
+                best[name] = min(event["dur"] / 1e3, best.get(name, math.inf))
+        return best
 
 
 def _layer(signature: LayerSignature) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
@@ -225,40 +236,7 @@ def conv_model(
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    constants = {"weight": weight, "bias": bias}
-    nodes, value = [], "x"
-    pads = [*geometry.left, *geometry.right]
-    if min(pads) < 0:
-        axes = len(geometry.kernel)
-        crops = [min(pad, 0) for pad in pads]
-        constants["crops"] = np.array([0, 0, *crops[:axes], 0, 0, *crops[axes:]], dtype=np.int64)
-        nodes.append(helper.make_node("Pad", [value, "crops"], ["cropped"]))
-        value = "cropped"
-    nodes.append(
-        helper.make_node(
-            "Conv",
-            [value, "weight", "bias"],
-            ["conv"],
-            kernel_shape=geometry.kernel,
-            strides=geometry.stride,
-            dilations=geometry.dilation,
-            pads=[max(pad, 0) for pad in pads],
-            group=geometry.groups,
-        )
-    )
-    if activation in _CLIPS:
-        low, high = _CLIPS[activation]
-        constants["low"] = np.array(low, dtype=np.float32)
-        constants["high"] = np.array(high, dtype=np.float32)
-        nodes.append(helper.make_node("Clip", ["conv", "low", "high"], ["y"]))
-    elif activation == "SiLU":
-        nodes.append(helper.make_node("Sigmoid", ["conv"], ["gate"]))
-        nodes.append(helper.make_node("Mul", ["conv", "gate"], ["y"]))
-    elif activation in _ACTIVATIONS:
-        operator, attributes = _ACTIVATIONS[activation]
-        nodes.append(helper.make_node(operator, ["conv"], ["y"], **attributes))
-    else:
-        nodes[-1].output[0] = "y"
+    nodes, constants = conv_nodes(geometry, weight, bias, "x", "y", activation)
     out_shape = [in_shape[0], geometry.out_channels, *geometry.out_size(tuple(in_shape[2:]))]
     graph = helper.make_graph(
         nodes,
@@ -268,6 +246,60 @@ def conv_model(
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION)
+
+
+def conv_nodes(
+    geometry: Geometry,
+    weight: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    source: str,
+    target: str,
+    activation: str | None = None,
+    prefix: str = "",
+) -> tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]:
+    """The ONNX nodes of :func:`conv_model` from value ``source`` to value ``target``, and their constants by name.
+
+    Their names, and those of the values between them, begin with ``prefix``.
+    """
+    from onnx import helper
+
+    nodes: list[onnx.NodeProto] = []
+    constants: dict[str, NDArray[Any]] = {f"{prefix}weight": weight, f"{prefix}bias": bias}
+
+    def add(operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
+        nodes.append(helper.make_node(operator, inputs, [output], name=f"{prefix}{operator}", **attributes))
+
+    pads = [*geometry.left, *geometry.right]
+    if min(pads) < 0:
+        axes = len(geometry.kernel)
+        crops = [min(pad, 0) for pad in pads]
+        constants[f"{prefix}crops"] = np.array([0, 0, *crops[:axes], 0, 0, *crops[axes:]], dtype=np.int64)
+        add("Pad", [source, f"{prefix}crops"], f"{prefix}cropped")
+        source = f"{prefix}cropped"
+    gate = activation == "SiLU"
+    alone = not (gate or activation in _CLIPS or activation in _ACTIVATIONS)
+    conv = target if alone else f"{prefix}conv"
+    add(
+        "Conv",
+        [source, f"{prefix}weight", f"{prefix}bias"],
+        conv,
+        kernel_shape=geometry.kernel,
+        strides=geometry.stride,
+        dilations=geometry.dilation,
+        pads=[max(pad, 0) for pad in pads],
+        group=geometry.groups,
+    )
+    if activation in _CLIPS:
+        for name, value in zip(("low", "high"), _CLIPS[activation], strict=True):
+            constants[prefix + name] = np.array(value, dtype=np.float32)
+        add("Clip", [conv, f"{prefix}low", f"{prefix}high"], target)
+    elif gate:
+        add("Sigmoid", [conv], f"{prefix}gate")
+        add("Mul", [conv, f"{prefix}gate"], target)
+    elif activation in _ACTIVATIONS:
+        operator, attributes = _ACTIVATIONS[activation]
+        add(operator, [conv], target, **attributes)
+    return nodes, constants
 
 
 def _processor() -> str:

@@ -1,0 +1,426 @@
+"""Covering networks: every layer that a plan could contain, timed inside networks instead of alone.
+
+A layer alone is not the layer in a network: on ONNX Runtime's CPU provider up to half of a depthwise convolution alone
+is the change of layout around it, and in a network an addition and an activation run inside of it. So a few rewrites
+of the network itself are profiled, operator by operator, which together hold every distinct candidate. The smallest
+time over all sweeps and all networks counts; one scale, from the original's end-to-end latency, does the rest
+(:mod:`fxmerge.passes.profile_latency`).
+
+The rewrites are made on the ONNX graph, which takes milliseconds: the original is exported once, its nodes named after the
+operations of the canonical graph that they come from, and a candidate replaces what stands between two values by one
+convolution with random weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import random
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import fx, nn
+
+from .candidates import Candidate
+from .exporters import input_arrays, onnx_bytes
+from .graph import META, between, by_id, clone, module_of, node_id
+from .linear import FREE
+from .runtimes import LayerSignature, ProfilingRuntime, Signature
+from .surgery import join_operands
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+    from .runtimes import Profile
+
+__all__ = ["Skeleton", "cover", "measure_inside", "skeleton"]
+
+_SWEEPS = 2
+_MOST_SWEEPS = 6
+_AGREEMENT = 0.02
+_TOGETHER = 8
+"""Networks whose sweeps alternate; more would only hold more memory."""
+_TOKEN = re.compile(r"fxm(\d+)_")
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """The original as an ONNX graph in which candidates can be put.
+
+    Attributes:
+        model: the network, batch norms folded.
+        feeds: its inputs.
+        operations: number in the ONNX nodes' names -> id of the operation.
+        values: id of an operation -> name of the ONNX value that it computes.
+    """
+
+    model: onnx.ModelProto
+    feeds: Mapping[str, NDArray[Any]]
+    operations: tuple[str, ...]
+    values: Mapping[str, str]
+
+    def holds(self, gm: fx.GraphModule, candidate: Candidate) -> bool:
+        """Whether the candidate can be put here: its ends are not inside of what was folded without loss."""
+        return all(name in self.values for name in _ends(gm, candidate))
+
+    def rewritten(self, gm: fx.GraphModule, candidates: Sequence[Candidate]) -> onnx.ModelProto:
+        """The network with these disjoint candidates in place of what they replace.
+
+        Weights are random. The convolution of candidate ``k`` is named as operation ``len(operations) + k``. A side input,
+        and a norm that would return, are left out.
+        """
+        import onnx
+        from onnx import numpy_helper
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        made: list[onnx.NodeProto] = []
+        constants: dict[str, NDArray[Any]] = {}
+        renamed: dict[str, str] = {}
+        for number, candidate in enumerate(candidates, len(self.operations)):
+            exit_, target = self.values[_ends(gm, candidate)[-1]], f"fxm{number}_out"
+            nodes, weights = self._replacement(gm, candidate, target, f"fxm{number}_")
+            made += nodes
+            constants |= weights
+            renamed[exit_] = target
+        for node in (*model.graph.node, *made):
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+        for entry in model.graph.output:
+            entry.name = renamed.get(entry.name, entry.name)
+        alive = _needed((*model.graph.node, *made), [entry.name for entry in model.graph.output])
+        read = {name for node in alive for name in node.input}
+        kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+        kept += [numpy_helper.from_array(array, name) for name, array in constants.items()]
+        del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
+        model.graph.node.extend(alive)
+        model.graph.initializer.extend(kept)
+        return model
+
+    def _replacement(
+        self, gm: fx.GraphModule, candidate: Candidate, target: str, prefix: str
+    ) -> tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]:
+        from onnx import helper
+
+        from .runtimes.onnxruntime import conv_nodes
+
+        source = self.values[_ends(gm, candidate)[0]]
+        geometry = candidate.geometry
+        if geometry is None:
+            return [helper.make_node("Identity", [source], [target], name=prefix)], {}
+        shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel)
+        some = np.random.default_rng(0).standard_normal(4096, dtype=np.float32)
+        weight = np.resize(some / np.sqrt(np.prod(shape[1:])).astype(np.float32), shape)
+        bias = np.zeros(geometry.out_channels, dtype=np.float32)
+        return conv_nodes(geometry, weight, bias, source, target, candidate.activation, prefix)
+
+
+def _ends(gm: fx.GraphModule, candidate: Candidate) -> tuple[str, ...]:
+    """The value that a candidate reads, or for a dropped branch its join's other operand, and the one that it gives."""
+    if candidate.kind != "drop":
+        return candidate.entry, candidate.exit
+    nodes = by_id(gm)
+    ((join, position), *_) = candidate.cuts
+    return node_id(join_operands(nodes[join])[1 - position]), join
+
+
+def _needed(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
+    """What the outputs depend on, every node behind those that it reads."""
+    makers = {value: node for node in nodes for value in node.output}
+    ordered: list[onnx.NodeProto] = []
+    done: set[str] = set()
+    stack = [(name, False) for name in outputs]
+    while stack:
+        name, ready = stack.pop()
+        node = makers.get(name)
+        if node is None or (name in done and not ready):
+            continue
+        if ready:
+            ordered.append(node)
+            continue
+        done.update(node.output)
+        stack.append((name, True))
+        stack.extend((read, False) for read in node.input if read not in done)
+    return ordered
+
+
+def skeleton(deployed: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Skeleton:
+    """Export a folded canonical graph such that every ONNX node is known by the operation it belongs to.
+
+    Raises:
+        UnsupportedError: the network cannot be exported to ONNX.
+    """
+    import onnx
+
+    tagged, operations = _tagged(deployed)
+    model = onnx.load_model_from_string(onnx_bytes(tagged, args, kwargs, dynamic_batch=False))
+    owners = [_owner(node) for node in model.graph.node]
+    fixed = {entry.name for entry in (*model.graph.input, *model.graph.output, *model.graph.initializer)}
+    renamed: dict[str, str] = {}
+    for place, (node, owner) in enumerate(zip(model.graph.node, owners, strict=True)):
+        if owner is not None:
+            node.name = f"fxm{owner}_{place}"
+            renamed |= {name: f"fxm{owner}_{place}_{k}" for k, name in enumerate(node.output) if name not in fixed}
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        del node.metadata_props[:]
+    values = _values(deployed, operations, model, owners)
+    return Skeleton(model, input_arrays(deployed, args, kwargs), operations, values)
+
+
+def _tagged(deployed: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """A copy whose every operation is a call of a module of its own, which the exporter names in what it makes of it."""
+    gm = clone(deployed)
+    operations: list[str] = []
+    for node in list(gm.graph.nodes):
+        if node.op not in ("call_module", "call_function"):
+            continue
+        called = module_of(gm, node) if node.op == "call_module" else node.target
+        path = f"fxm{len(operations)}"
+        operations.append(node_id(node))
+        gm.add_submodule(path, _Call(called))
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_module(path, node.args, node.kwargs)
+        call.meta = {
+            META: node.meta[META]
+        }  # without the module that it was captured in, whose name would be noted down
+        node.replace_all_uses_with(call)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return gm, tuple(operations)
+
+
+class _Call(nn.Module):
+    def __init__(self, called: Any) -> None:
+        super().__init__()
+        self.called = called
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.called(*args, **kwargs)
+
+
+def _owner(node: onnx.NodeProto) -> int | None:
+    """The number of the operation that an ONNX node came from, as torch's exporter notes it down."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            for scope in ast.literal_eval(entry.value):
+                match = re.match(r"fxm(\d+)(\.|$)", scope)
+                if match:
+                    return int(match[1])
+    return None
+
+
+def _values(
+    deployed: fx.GraphModule, operations: Sequence[str], model: onnx.ModelProto, owners: Sequence[int | None]
+) -> dict[str, str]:
+    """The ONNX value of every operation that gives one tensor and was not simplified away; a dropout hands its input on."""
+    readers: dict[str, set[int | None]] = {}
+    for node, owner in zip(model.graph.node, owners, strict=True):
+        for name in node.input:
+            readers.setdefault(name, set()).add(owner)
+    for entry in model.graph.output:
+        readers.setdefault(entry.name, set()).add(-1)
+    given: dict[int, list[str]] = {}
+    for node, owner in zip(model.graph.node, owners, strict=True):
+        if owner is not None:
+            outside = [name for name in node.output if readers.get(name, set()) - {owner}]
+            given.setdefault(owner, []).extend(outside)
+    numbers = {name: number for number, name in enumerate(operations)}
+    inputs = {node_id(node): str(node.target) for node in deployed.graph.find_nodes(op="placeholder")}
+    names = {entry.name for entry in model.graph.input}
+    values = {name: target for name, target in inputs.items() if target in names}
+    for node in deployed.graph.nodes:
+        number = numbers.get(node_id(node))
+        if number is None:
+            continue
+        outputs = given.get(number, [])
+        sources = [node_id(source) for source in node.all_input_nodes]
+        if len(outputs) == 1:
+            values[node_id(node)] = outputs[0]
+        elif not outputs and isinstance(module_of(deployed, node), FREE) and sources[0] in values:
+            values[node_id(node)] = values[sources[0]]
+        if node_id(node) in values and "exit" in node.meta[META]:
+            values[node.meta[META]["exit"]] = values[node_id(node)]
+    return values
+
+
+# --- which networks ---------------------------------------------------------------------------------------------------
+
+
+def cover(gm: fx.GraphModule, wanted: Mapping[Candidate, Signature], seed: int = 0) -> Iterator[tuple[Candidate, ...]]:
+    """Sets of disjoint candidates that together hold every distinct signature, each new set as many as it can.
+
+    Args:
+        gm: the canonical graph.
+        wanted: the candidates to choose from, with what is to be measured of each.
+        seed: of the order in which they are tried.
+    """
+    nodes = by_id(gm)
+    insides = {c: frozenset(map(node_id, between(nodes[c.entry], nodes[c.exit]))) for c in wanted}
+    missing = set(wanted.values())
+    order = sorted(wanted, key=lambda c: (c.entry, c.exit, str(c)))
+    draw = random.Random(seed)  # noqa: S311 - a seeded choice
+    while missing:
+        draw.shuffle(order)
+        chosen: list[Candidate] = []
+        used: set[str] = set()
+        for candidate in order:
+            if wanted[candidate] in missing and used.isdisjoint(insides[candidate]):
+                chosen.append(candidate)
+                used |= insides[candidate]
+                missing.discard(wanted[candidate])
+        yield tuple(chosen)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure_inside(
+    runtime: ProfilingRuntime,
+    gm: fx.GraphModule,
+    found: Skeleton,
+    operations: Mapping[str, Signature],
+    wanted: Mapping[Candidate, Signature],
+    layout: Signature,
+    on_result: Callable[[Signature, float], None],
+    advance: Callable[[int, int], None],
+) -> None:
+    """Profile the original and its covering networks, and hand over the smallest time of every signature.
+
+    Args:
+        runtime: which profiles.
+        gm: the canonical graph.
+        found: the original's ONNX graph.
+        operations: id of an operation of the original -> its signature.
+        wanted: merges to measure, that the skeleton holds -> signature.
+        layout: the signature of what the runtime adds to the original of its own.
+        on_result: called with each signature and its milliseconds after every group of networks, again where a later group
+            found less.
+        advance: called with (sweeps done, sweeps in all).
+    """
+    networks = [(), *cover(gm, wanted)]
+    known: dict[Signature, float] = {}
+    total, done = len(networks) * _SWEEPS, 0
+    for start in range(0, len(networks), _TOGETHER):
+        group = networks[start : start + _TOGETHER]
+        models = [found.rewritten(gm, chosen) for chosen in group]
+        profiles = [runtime.profile(model.SerializeToString(), found.feeds) for model in models]
+        for _ in _swept(profiles):
+            done += 1
+            total = max(total, done)
+            advance(done, total)
+        for chosen, model, profile in zip(group, models, profiles, strict=True):
+            for signature, latency in _read(profile, model, found, gm, operations, wanted, chosen, layout).items():
+                if latency < known.get(signature, math.inf):
+                    known[signature] = latency
+                    on_result(signature, latency)
+
+
+def _read(
+    profile: Profile,
+    model: onnx.ModelProto,
+    found: Skeleton,
+    gm: fx.GraphModule,
+    operations: Mapping[str, Signature],
+    wanted: Mapping[Candidate, Signature],
+    chosen: Sequence[Candidate],
+    layout: Signature,
+) -> dict[Signature, float]:
+    """The smallest time of every signature in one network."""
+    there = _signatures(found, operations, wanted, chosen, gm)
+    layers = {number for number, signature in there.items() if isinstance(signature, LayerSignature)}
+    times, rest = _by_operation(profile.latencies(), model, layers)
+    best: dict[Signature, float] = {} if chosen else {layout: rest}
+    for number, signature in there.items():
+        # What runs inside of a layer costs nothing of its own; a layer itself always takes time.
+        if number in times or number not in layers:
+            best[signature] = min(best.get(signature, math.inf), times.get(number, 0.0))
+    return best
+
+
+def _swept(profiles: Sequence[Profile]) -> Iterator[None]:
+    """Sweep all networks in turns, each at least twice and until its best two sweeps agree; a step is one sweep."""
+    lows: list[list[float]] = [[] for _ in profiles]
+    for sweep in range(_MOST_SWEEPS):
+        for profile, seen in zip(profiles, lows, strict=True):
+            if sweep < _SWEEPS or _apart(seen) > _AGREEMENT:
+                seen.append(profile.sweep())
+                yield
+
+
+def _apart(latencies: Sequence[float]) -> float:
+    first, second = sorted(latencies)[:2]
+    return (second - first) / first
+
+
+def _signatures(
+    found: Skeleton,
+    operations: Mapping[str, Signature],
+    wanted: Mapping[Candidate, Signature],
+    chosen: Sequence[Candidate],
+    gm: fx.GraphModule,
+) -> dict[int, Signature]:
+    """What the numbered operations of a rewritten network are signatures of: those of the original that are left, and merges."""
+    nodes = by_id(gm)
+    gone = {node_id(node) for each in chosen for node in between(nodes[each.entry], nodes[each.exit])}
+    left = {
+        number: operations[name]
+        for number, name in enumerate(found.operations)
+        if name in operations and name not in gone
+    }
+    return {**left, **{number: wanted[each] for number, each in enumerate(chosen, len(found.operations))}}
+
+
+def _by_operation(
+    latencies: Mapping[str, float], model: onnx.ModelProto, layers: Collection[int]
+) -> tuple[dict[int, float], float]:
+    """Milliseconds of every numbered operation, and of what belongs to none.
+
+    What several operations run in has the name of any of them. It counts for the convolution among them.
+    """
+    times: dict[int, float] = {}
+    rest = 0.0
+    for name, latency in latencies.items():
+        numbers = [int(number) for number in _TOKEN.findall(name)]
+        if numbers:
+            owner = next((number for number in numbers if number in layers), numbers[0])
+            times[owner] = times.get(owner, 0.0) + latency
+        else:
+            rest += latency
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    for node in model.graph.node:
+        number = _number(node)
+        if number in layers and number not in times:
+            host = _host(node, readers, times, layers)
+            if number is not None and host is not None:
+                times[number] = times.pop(host)
+    return times, rest
+
+
+def _host(
+    node: onnx.NodeProto,
+    readers: Mapping[str, list[onnx.NodeProto]],
+    times: Mapping[int, float],
+    layers: Collection[int],
+) -> int | None:
+    """The operation behind a convolution that it was fused with: the next one that took time."""
+    while len(following := [reader for value in node.output for reader in readers.get(value, ())]) == 1:
+        node = following[0]
+        number = _number(node)
+        if number in layers:
+            return None
+        if number in times:
+            return number
+    return None
+
+
+def _number(node: onnx.NodeProto) -> int | None:
+    match = _TOKEN.match(node.name)
+    return int(match[1]) if match else None

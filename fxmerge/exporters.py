@@ -1,10 +1,12 @@
-"""Networks as files: ONNX, checked against ONNX Runtime, and ``.pt2`` programs of ``torch.export``."""
+"""Networks as files: ONNX, checked against ONNX Runtime, TensorRT engines, and ``.pt2`` programs of ``torch.export``."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import io
+import json
 import logging
 import os
 import warnings
@@ -18,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .engines import build_engine, load_module
 from .errors import UnsupportedError, UserError
+from .files import write_files
 from .inputs import batch_size, map_tensors, tensors, with_batch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["check_path", "export_module", "input_arrays", "onnx_bytes"]
+__all__ = ["check_path", "export_engine", "export_module", "files_written", "input_arrays", "onnx_bytes"]
 
 _Run: TypeAlias = Callable[[tuple[Any, ...], Mapping[str, Any]], list[Tensor]]
 
@@ -56,7 +60,7 @@ def export_module(
         module: in eval mode.
         args: example positional inputs; axis 0 of every tensor that has axes is the batch.
         kwargs: example keyword inputs.
-        path: ends in ``.onnx`` or ``.pt2``; an existing file is replaced.
+        path: ends in ``.onnx`` or ``.pt2``, see :func:`export_engine` for ``.engine``; an existing file is replaced.
         dynamic_batch: the file takes any batch size; False: only the example's.
         check: compare the file's outputs with the module's.
 
@@ -69,8 +73,9 @@ def export_module(
         UnsupportedError: the module cannot be exported, or what was exported computes something else.
     """
     target = check_path(path)
-    if module.training:
-        raise UserError(f"{type(module).__name__} is in training mode; call its .eval() before exporting it.")
+    if target.suffix == ".engine":
+        raise UserError(f"cannot export to {str(target)!r}: export_engine writes engines.")
+    _refuse_training(module)
     if dynamic_batch and batch_size(args, kwargs) is None:
         dynamic_batch = False
         warnings.warn(
@@ -79,26 +84,119 @@ def export_module(
         )
     export = _checked_onnx if target.suffix == ".onnx" else _checked_pt2
     reference = _reference(module, args, kwargs, dynamic_batch) if check else None
-    _write(target, export(module, args, kwargs, dynamic_batch, reference))
+    write_files({target: export(module, args, kwargs, dynamic_batch, reference)})
     return target
 
 
+def export_engine(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    flavour: str,
+    precision: str = "fp32",
+    workspace: str | None = None,
+    batches: tuple[int, int, int] | None = None,
+    compute_capability: str | None = None,
+    check: bool = True,
+) -> Path:
+    """Write a network as a TensorRT engine, ``net.engine``, with two files beside it.
+
+    - ``net.onnx``: the model that the engine was built from, in the module's own types, checked as :func:`export_module`
+      does. The engine itself is not run: the device it is for may be another one.
+    - ``net.engine.json``: versions, options, names and shapes of inputs and outputs (-1 is the batch), SHA-256 of both files.
+
+    All three appear, or none.
+
+    Args:
+        module: in eval mode.
+        args: example positional inputs; axis 0 of every tensor that has axes is the batch.
+        kwargs: example keyword inputs.
+        path: ends in ``.engine``; existing files are replaced.
+        flavour: see :func:`~fxmerge.engines.build_engine`, as for ``precision``, ``workspace`` and ``compute_capability``.
+        precision: of the engine; the ONNX model keeps its own.
+        workspace: such as ``"2GiB"``.
+        batches: smallest, usual and largest batch size; by default the engine takes the example's only.
+        compute_capability: such as ``"8.9"``.
+        check: compare the ONNX model's outputs with the module's.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: the path cannot be written, the module is in training mode, or an option is wrong.
+        MissingPackageError: the flavour is not installed.
+        UnsupportedError: the module cannot be exported to ONNX, the model computes something else, or TensorRT
+            cannot build it.
+    """
+    from . import __version__
+
+    target = check_path(path)
+    _refuse_training(module)
+    dynamic = batches is not None
+    reference = _reference(module, args, kwargs, dynamic) if check else None
+    model = _checked_onnx(module, args, kwargs, dynamic, reference)
+    engine = build_engine(
+        model,
+        flavour=flavour,
+        precision=precision,
+        workspace=workspace,
+        batches=batches,
+        compute_capability=compute_capability,
+    )
+    if flavour == "tensorrt":
+        compute_capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    onnx_path, sidecar_path = files_written(target)[1:]
+    sidecar = {
+        "format": "fxmerge.engine/1",
+        "fxmerge": __version__,
+        "library": flavour,
+        "library_version": load_module(flavour).__version__,
+        "compute_capability": compute_capability,
+        "precision": precision,
+        "workspace": workspace,
+        "batches": batches,
+        **_signature(model),
+        "onnx": {"file": onnx_path.name, "sha256": hashlib.sha256(model).hexdigest()},
+        "engine": {"file": target.name, "sha256": hashlib.sha256(engine).hexdigest()},
+    }
+    text = json.dumps(sidecar, indent=1).encode()
+    # the sidecar last: after a crash between two of them its sums tell
+    write_files({onnx_path: model, target: engine, sidecar_path: text})
+    return target
+
+
+def files_written(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The files that an export to this path writes: the path, for an engine its ONNX model and its description too.
+
+    Example:
+        >>> [path.name for path in files_written("net.engine")]
+        ['net.engine', 'net.onnx', 'net.engine.json']
+    """
+    target = Path(path)
+    if target.suffix != ".engine":
+        return (target,)
+    return target, target.with_suffix(".onnx"), target.with_name(f"{target.name}.json")
+
+
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if :func:`export_module` can write it.
+    """The path, if :func:`export_module` or :func:`export_engine` can write it and what goes beside it.
 
     Raises:
         UserError: the suffix is unknown, the folder does not exist, the path is a folder, or there is no
             permission to write.
     """
     target = Path(path)
-    if target.suffix not in (".onnx", ".pt2"):
-        raise UserError(f"cannot export to {str(target)!r}: expected a path ending in .onnx or .pt2.")
-    if target.is_dir():
-        raise UserError(f"cannot export to {str(target)!r}: it is a folder.")
-    if not target.parent.is_dir():
-        raise UserError(f"cannot export to {str(target)!r}: its folder does not exist. Create it first.")
-    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
-        raise UserError(f"cannot export to {str(target)!r}: no permission to write there.")
+    if target.suffix not in (".onnx", ".pt2", ".engine"):
+        raise UserError(f"cannot export to {str(target)!r}: expected a path ending in .onnx, .pt2 or .engine.")
+    for file in files_written(target):
+        if file.is_dir():
+            raise UserError(f"cannot export to {str(file)!r}: it is a folder.")
+        if not file.parent.is_dir():
+            raise UserError(f"cannot export to {str(file)!r}: its folder does not exist. Create it first.")
+        if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+            raise UserError(f"cannot export to {str(file)!r}: no permission to write there.")
     return target
 
 
@@ -131,6 +229,11 @@ def input_arrays(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     args, kwargs, names = _bind(module, args, kwargs)
     arrays = [tensor.detach().cpu().numpy() for tensor in tensors(args, kwargs)]
     return dict(zip(names, arrays, strict=True))
+
+
+def _refuse_training(module: nn.Module) -> None:
+    if module.training:
+        raise UserError(f"{type(module).__name__} is in training mode; call its .eval() before exporting it.")
 
 
 def _checked_onnx(
@@ -428,14 +531,22 @@ def _spread(outputs: list[Tensor]) -> float:
     return max(float((row - row.mean(0)).abs().max()) if row.numel() else 0.0 for row in rows)
 
 
-def _write(target: Path, data: bytes) -> None:
-    """Replace the file in one step: a reader, or a crash, never finds half of it."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _signature(model: bytes) -> dict[str, list[dict[str, Any]]]:
+    """Names, types and shapes of an ONNX model's inputs and outputs; -1 is a size that is not fixed."""
+    import onnx
+
+    graph = onnx.load_model_from_string(model).graph
+
+    def describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
+        tensor = value.type.tensor_type
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        shape = [axis.dim_value if axis.HasField("dim_value") else -1 for axis in tensor.shape.dim]
+        return {"name": value.name, "dtype": {"float": "float32"}.get(kind, kind), "shape": shape}
+
+    return {
+        "inputs": [describe(value) for value in graph.input],
+        "outputs": [describe(value) for value in graph.output],
+    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -234,8 +234,8 @@ def test_paths_are_refused_before_the_work(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_onnx", None)
     (tmp_path / "folder.onnx").mkdir()
     for path, message in (
-        ("net.engine", "expected a path ending in .onnx or .pt2"),
-        ("net", "expected a path ending in .onnx or .pt2"),
+        ("net.tflite", "expected a path ending in .onnx, .pt2 or .engine"),
+        ("net", "expected a path ending in .onnx, .pt2 or .engine"),
         ("folder.onnx", "it is a folder"),
         ("nowhere/net.onnx", "its folder does not exist"),
     ):

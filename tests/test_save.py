@@ -124,8 +124,8 @@ def test_a_network_with_a_fixed_batch_is_exported_with_it_and_a_warning(tmp_path
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("net.engine", r"net\.engine': expected a path ending in \.onnx or \.pt2"),
-        ("net", r"net': expected a path ending in \.onnx or \.pt2"),
+        ("net.tflite", r"net\.tflite': expected a path ending in \.onnx, \.pt2 or \.engine"),
+        ("net", r"net': expected a path ending in \.onnx, \.pt2 or \.engine"),
         ("missing/net.onnx", r"missing/net\.onnx': its folder does not exist\. Create it first"),
         ("folder.onnx", r"folder\.onnx': it is a folder"),
     ],

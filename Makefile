@@ -14,12 +14,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --retries 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format gpu-check clean
 
 help: ## Show this table
 	@echo "make TARGET [NAME=value ...]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON       Python 3.10 or newer to build $(VENV) with (now: $(PYTHON))"
 	@echo "  VENV         where the virtual environment goes (now: $(VENV))"
@@ -46,6 +46,10 @@ format: $(INSTALLED) ## Write the format, and mend what ruff can mend
 	@echo "format: ruff check --fix, ruff format"
 	@$(BIN)/python -m ruff check --fix --quiet
 	@$(BIN)/python -m ruff format --quiet
+
+gpu-check: $(INSTALLED) ## Prove every runtime, and run the latency benchmark where there is a GPU
+	@echo "gpu-check: running benchmarks/gpu_check.py"
+	@$(BIN)/python benchmarks/gpu_check.py
 
 clean: ## Remove the virtual environment, builds and caches
 	@echo "clean: removing $(VENV), builds and caches"

@@ -1,4 +1,4 @@
-"""The command line: ``fxmerge compress | frontier | fold | export | inspect``.
+"""The command line: ``fxmerge compress | frontier | fold | export | inspect | doctor | store``.
 
 Exit codes: 0, 1 with one line on stderr that says what is wrong, 2 for wrong usage. An exception of the user's own code
 is theirs, with its traceback. What takes time to import is imported where it is used, so that ``--help`` is quick.
@@ -14,7 +14,8 @@ import re
 import sys
 import textwrap
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from .inputs import Example
     from .plan import Plan
     from .result import Result
-    from .runtimes import Runtime
+    from .runtimes import Runtime, Signature
+    from .store import Environment
 
 __all__ = ["main"]
 
@@ -46,7 +48,16 @@ examples:
   fxmerge frontier nets:resnet --input-shape 1x3x224x224 --runtime macs
   fxmerge export   small small.onnx
   fxmerge fold     net.pt2 --input-shape 1x3x224x224 --export folded.onnx
+  fxmerge doctor
 """
+_STORE_EXAMPLES = """\
+examples:
+  fxmerge store list
+  fxmerge store show  --environment 3fa2c1d8 --layers
+  fxmerge store prune --older-than 30d --runtime onnxruntime --dry-run
+  fxmerge store merge other/latency.sqlite
+"""
+_AGES = {"h": "hours", "d": "days", "w": "weeks"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,11 +151,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(fold, "the folded network")
 
     export = command(
-        "export", _export, "write a network to .onnx or .pt2 and check what was written", "small small.onnx small.pt2"
+        "export",
+        _export,
+        "write a network to .onnx, .pt2 or .engine and check what was written",
+        "small small.onnx small.pt2\n"
+        "  fxmerge export small small.engine --precision fp16 --compute-capability 8.9 --batches 1,8,32",
     )
-    export.add_argument("paths", nargs="+", metavar="PATH", help="files to write; a saved result is merged first")
+    export.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="files to write; a saved result is merged first; X.engine comes with X.onnx and X.engine.json",
+    )
     export.add_argument("--fixed-batch", action="store_true", help="the file takes the example's batch size only")
     export.add_argument("--no-check", action="store_true", help="do not run what was written")
+    _add_engine(export)
 
     command(
         "inspect",
@@ -153,7 +174,54 @@ def _parser() -> argparse.ArgumentParser:
         "nets:resnet --input-shape 1x3x224x224",
         _search_options(),
     )
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say which runtimes and file formats work on this machine, with a proof for each",
+        description="Build, run and compress a small network with every runtime, and export it to every file format. "
+        "What is missing is said with how to install it. Ends with 1 if the default runtime does not work.",
+    )
+    doctor.add_argument("--json", metavar="FILE", help="write the record as JSON, too")
+    doctor.set_defaults(run=_doctor)
+    _add_store(commands)
     return parser
+
+
+def _add_store(commands: Any) -> None:
+    text = "list, show, remove and merge the latencies that have been measured"
+    store = commands.add_parser(
+        "store",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=_STORE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    store.set_defaults(run=lambda _: store.print_help())
+    actions = store.add_subparsers(metavar="ACTION")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--store", metavar="FILE", help="another store than the one of this user")
+    common.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+    def action(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = actions.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[common]
+        )
+        added.set_defaults(run=run, parser=added)
+        return added
+
+    action("list", _store_list, "list the environments that latencies were measured in")
+    show = action("show", _store_show, "print all about the environments, and their layers")
+    show.add_argument("--layers", action="store_true", help="list every layer with its latency")
+    prune = action("prune", _store_prune, "remove the latencies that all the given options apply to")
+    for each in (show, prune):
+        each.add_argument("--environment", metavar="ID", help="one environment, by its id in 'store list'")
+    prune.add_argument("--runtime", metavar="NAME", help="such as onnxruntime, or 'onnxruntime 1.32.0'")
+    prune.add_argument("--device", metavar="NAME", help="part of the device's name")
+    prune.add_argument("--older-than", type=_age, metavar="AGE", help="such as 12h, 30d or 8w")
+    prune.add_argument("--all", action="store_true", help="remove everything; goes with none of the above")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    merge = action("merge", _store_merge, "add the latencies of another store; of two of one layer the newer stays")
+    merge.add_argument("other", metavar="OTHER", help="its file, which stays as it is")
 
 
 def _model_options() -> argparse.ArgumentParser:
@@ -198,7 +266,11 @@ def _search_options() -> argparse.ArgumentParser:
 
 def _measure_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--runtime", default="auto", help="onnxruntime (default) or macs, which counts")
+    options.add_argument(
+        "--runtime",
+        default="auto",
+        help="auto (default), or a name that 'fxmerge doctor' lists, as in torch or tensorrt:fp16",
+    )
     options.add_argument(
         "--threads", type=_positive, metavar="N", help="threads of onnxruntime (default: one per core)"
     )
@@ -214,9 +286,29 @@ def _measure_options() -> argparse.ArgumentParser:
     return options
 
 
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """Options that are handed on only where they are given, see :func:`_engine`."""
+    options = parser.add_argument_group("options for .engine", argument_default=argparse.SUPPRESS)
+    options.add_argument(
+        "--runtime", help="tensorrt (default where it is installed, with a CUDA device) or tensorrt-rtx, on any machine"
+    )
+    options.add_argument("--precision", help="fp32, fp16 or bf16 (default: the network's own)")
+    options.add_argument("--workspace", metavar="SIZE", help="most memory for temporary buffers, such as 2GiB")
+    options.add_argument(
+        "--batches", type=_sizes, metavar="N,N,N", help="smallest, usual, largest batch (default: the example's only)"
+    )
+    options.add_argument(
+        "--compute-capability", metavar="X.Y", help="GPU to build for; tensorrt-rtx only (default: all from 8.0 on)"
+    )
+
+
 def _add_export(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
-        "--export", action="append", default=[], metavar="PATH", help=f"write {what} to .onnx or .pt2; may be repeated"
+        "--export",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help=f"write {what} to .onnx, .pt2 or .engine; may be repeated",
     )
 
 
@@ -224,6 +316,19 @@ def _positive(text: str) -> int:
     if not re.fullmatch("[1-9][0-9]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _age(text: str) -> timedelta:
+    match = re.fullmatch(r"(\d{1,5})([hdw])", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no age; expected something like 12h, 30d or 8w")
+    return timedelta(**{_AGES[match.group(2)]: int(match.group(1))})
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} are no batch sizes; expected something like 1,8,32")
+    return tuple(map(int, text.split(",")))
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], str | None]:
@@ -324,11 +429,13 @@ def _export(args: argparse.Namespace) -> None:
     from .result import Result
     from .save import export
 
-    _check_paths(args.paths)
+    options = _engine(args)
+    _check_paths(args.paths, options)
     source, example = _source(args)
     network = source if isinstance(source, Result) else source.eval()
     for path in args.paths:
-        export(network, path, example, dynamic_batch=not args.fixed_batch, check=not args.no_check)
+        more = options if path.endswith(".engine") else {}
+        export(network, path, example, dynamic_batch=not args.fixed_batch, check=not args.no_check, **more)
     _show(args, "\n".join(args.paths), {"exported": args.paths})
 
 
@@ -347,6 +454,133 @@ def _inspect(args: argparse.Namespace) -> None:
     gm = capture(_module(source), example)
     enumeration = enumerate_segments(gm, limits)
     _show(args, inspection_text(gm, enumeration), inspection_json(gm, enumeration))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    if args.json is not None:
+        _check_file(Path(args.json))
+    found = examine()
+    _print(str(found))
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    if not found.healthy:
+        raise UserError(f"the default runtime does not work here: {found.default.name}")
+
+
+def _store_list(args: argparse.Namespace) -> None:
+    from .store import LatencyStore
+
+    with LatencyStore(_store_path(args), readonly=True) as store:
+        found = store.environments()
+    size = store.path.stat().st_size
+    lines = [f"{store.path}: {_counted(found)}, {size / 1000:,.0f} kB"]
+    if found:
+        lines += ["", *_environment_table(found)]
+    data = [_environment_data(each) for each in found]
+    _show(args, "\n".join(lines), {"path": str(store.path), "bytes": size, "environments": data})
+
+
+def _store_show(args: argparse.Namespace) -> None:
+    from .plan import format_latency
+    from .store import LatencyStore
+
+    lines, data = [], []
+    with LatencyStore(_store_path(args), readonly=True) as store:
+        found = [each for each in store.environments() if args.environment in (None, each.id)]
+        if args.environment is not None and not found:
+            raise UserError(f"{store.path} holds no environment {args.environment!r}")
+        for each in found:
+            lines += [f"{each.id}: {_dated(each)}", *(f"  {key:<10} {each.values[key]}" for key in sorted(each.values))]
+            data.append(_environment_data(each))
+            if args.layers:
+                entries = list(store.entries(each.id))
+                data[-1]["layers"] = [
+                    {**json.loads(entry.signature.key()), "latency": entry.latency, "unit": entry.unit}
+                    for entry in entries
+                ]
+                lines += [
+                    f"  {format_latency(entry.latency, entry.unit):>12}  {_layer(entry.signature)}" for entry in entries
+                ]
+            lines.append("")
+    _show(args, "\n".join(lines[:-1]), {"path": str(store.path), "environments": data})
+
+
+def _store_prune(args: argparse.Namespace) -> None:
+    from .store import LatencyStore
+
+    criteria = {name: getattr(args, name) for name in ("environment", "runtime", "device", "older_than")}
+    if args.all == any(value is not None for value in criteria.values()):
+        args.parser.error("say what to remove: --environment, --runtime, --device or --older-than; or --all, alone")
+    with LatencyStore(_store_path(args), readonly=True):
+        pass  # a store that is not there is not made, to remove nothing from it
+    with LatencyStore(_store_path(args), readonly=args.dry_run) as store:
+        found = store.prune(**criteria, everything=args.all, dry_run=args.dry_run)
+    lines = [f"{store.path}: {'would remove' if args.dry_run else 'removed'} {_counted(found)}"]
+    if found:
+        lines += ["", *_environment_table(found)]
+    _show(args, "\n".join(lines), {"removed": [_environment_data(each) for each in found], "dry_run": args.dry_run})
+
+
+def _store_merge(args: argparse.Namespace) -> None:
+    from .store import LatencyStore
+
+    with LatencyStore(Path(args.other), readonly=True):
+        pass  # before a store is made to merge into
+    with LatencyStore(_store_path(args)) as store:
+        added, replaced = store.merge(Path(args.other))
+    _show(
+        args,
+        f"{store.path}: {added:,} latencies added, {replaced:,} replaced by newer ones",
+        {"path": str(store.path), "added": added, "replaced": replaced},
+    )
+
+
+def _store_path(args: argparse.Namespace) -> Path:
+    from .store import default_path
+
+    return default_path() if args.store is None else Path(args.store)
+
+
+def _environment_table(found: Sequence[Environment]) -> list[str]:
+    names = ("runtime", "threads", "precision", "device")
+    rows = [[f"{'id':<8}", "latencies", f"{'oldest':<10}", f"{'newest':<10}", *names]]
+    for each in found:
+        about = (each.values.get(name, "-") for name in names)
+        rows.append([each.id, f"{each.entries:>9,}", each.oldest[:10], each.newest[:10], *about])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _environment_data(each: Environment) -> dict[str, Any]:
+    names = ("id", "entries", "oldest", "newest", "values")
+    return {name: getattr(each, name) for name in names}
+
+
+def _counted(found: Sequence[Environment]) -> str:
+    entries = sum(each.entries for each in found)
+    return f"{_plural(entries, 'latency', 'latencies')} of {_plural(len(found), 'environment', 'environments')}"
+
+
+def _dated(each: Environment) -> str:
+    return f"{_plural(each.entries, 'latency', 'latencies')}, measured from {each.oldest} to {each.newest} (UTC)"
+
+
+def _plural(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"
+
+
+def _layer(signature: Signature) -> str:
+    """What a stored latency is about, in a line."""
+    from .runtimes import LayerSignature
+
+    if not isinstance(signature, LayerSignature):
+        shapes = [f"shapes {' '.join('x'.join(map(str, shape)) for shape in signature.shapes)}"]
+        return ", ".join([signature.operation, *(shapes if signature.shapes else []), f"batch {signature.batch}"])
+    parts = [str(signature.geometry), f"input {'x'.join(map(str, signature.in_size))}", f"batch {signature.batch}"]
+    parts += [signature.activation] if signature.activation is not None else []
+    return ", ".join([*parts, "addition"] if signature.joined else parts)
 
 
 # --- what commands share ----------------------------------------------------------------------------------------------
@@ -482,11 +716,23 @@ def _measuring(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check_paths(paths: Iterable[str]) -> None:
-    from .exporters import check_path
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("runtime", "precision", "workspace", "batches", "compute_capability")
+    return {name: getattr(args, name) for name in names if name in args}
 
+
+def _check_paths(paths: Sequence[str], options: Mapping[str, Any] | None = None) -> None:
+    """Refuse before the work what :func:`fxmerge.export` would refuse; ``options`` are for the engines among the paths."""
+    from .exporters import files_written
+    from .save import check_export
+
+    engines = [path for path in paths if path.endswith(".engine")]
     for path in paths:
-        check_path(path)
+        check_export(path, **(options or {} if path in engines or not engines else {}))
+    files = [file for path in paths for file in files_written(path)]
+    for file in files:
+        if files.count(file) > 1:
+            raise UserError(f"{file} would be written twice: an engine comes with its .onnx and .engine.json")
 
 
 def _check_folder(folder: Path) -> None:
@@ -535,8 +781,12 @@ def _wrap(text: str) -> list[str]:
 
 
 def _show(args: argparse.Namespace, text: str, data: Mapping[str, Any]) -> None:
+    _print(json.dumps(data, indent=1) if args.json else text)
+
+
+def _print(text: str) -> None:
     try:
-        print(json.dumps(data, indent=1) if args.json else text, flush=True)
+        print(text, flush=True)
     except (
         BrokenPipeError
     ):  # the reader, such as head, has seen enough; what comes after the printing is still to be done

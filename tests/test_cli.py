@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import onnx
@@ -15,7 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 import fxmerge
-from fxmerge.cli import main
+from fxmerge.algebra import Geometry
+from fxmerge.cli import _age, main
+from fxmerge.runtimes import LayerSignature, OpSignature
+from fxmerge.store import LatencyStore
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = ("--input-shape", "2x3x12x12")
@@ -168,6 +173,8 @@ def test_help_names_commands_models_and_examples(capsys):
         "fold",
         "export",
         "inspect",
+        "doctor",
+        "store",
         "package.module:name",
         "examples:\n  fxmerge inspect",
     ):
@@ -365,6 +372,176 @@ def test_a_reader_that_stops_reading_does_no_harm(folder, monkeypatch):
     assert (folder / "unread.pt2").exists()
 
 
+# --- the store --------------------------------------------------------------------------------------------------------
+
+ONE = {"device": "AMD EPYC", "precision": "float32", "runtime": "onnxruntime 1.32.0", "threads": "1"}
+OWN = {"runtime": "mine 0.1"}
+IDS = ("1bbb4391", "622b09c1")
+CONV = LayerSignature(Geometry(3, 16, (3, 3), (2, 2), (1, 1), (1, 1), (1, 1), 1), (28, 30), 8, "ReLU", True)
+BARE = LayerSignature(Geometry(3, 16, (1, 1), (1, 1), (1, 1), (0, 0), (0, 0), 1), (9, 9), 1)
+POOL = OpSignature("MaxPool2d(2)", ((16, 14, 15), (16, 7, 7)), 8, ("Conv2d",))
+HEAD = "id        latencies  oldest      newest      runtime             threads  precision  device"
+ROWS = {
+    "onnxruntime": f"{IDS[0]}          2  2020-01-02  2020-01-02  onnxruntime 1.32.0  1        float32    AMD EPYC",
+    "mine": f"{IDS[1]}          1  2020-01-02  2020-01-02  mine 0.1            -        -          -",
+}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """The user's store, with three latencies of long ago."""
+    monkeypatch.setenv("FXMERGE_CACHE", str(tmp_path))
+    path = tmp_path / "latency.sqlite"
+    with LatencyStore(path) as opened:
+        opened.put(ONE, CONV, 0.1234, "ms")
+        opened.put(ONE, POOL, 0.5, "ms")
+        opened.put(OWN, BARE, 2.0, "ms")
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE latency SET measured_at = '2020-01-02 03:04:05'")
+    connection.commit()
+    connection.close()
+    return path
+
+
+def test_store_list(capsys, store):
+    lines = run(capsys, "store", "list").splitlines()
+    kilobytes = f"{store.stat().st_size / 1000:.0f} kB"
+    assert lines == [
+        f"{store}: 3 latencies of 2 environments, {kilobytes}",
+        "",
+        HEAD,
+        ROWS["onnxruntime"],
+        ROWS["mine"],
+    ]
+    data = json.loads(run(capsys, "store", "list", "--json"))
+    assert (data["path"], data["bytes"]) == (str(store), store.stat().st_size)
+    assert data["environments"][1] == {
+        "id": IDS[1],
+        "entries": 1,
+        "oldest": "2020-01-02 03:04:05",
+        "newest": "2020-01-02 03:04:05",
+        "values": OWN,
+    }
+
+
+def test_store_list_of_an_empty_store(capsys, store):
+    run(capsys, "store", "prune", "--all")
+    (line,) = run(capsys, "store", "list").splitlines()
+    assert line.startswith(f"{store}: 0 latencies of 0 environments, ")
+
+
+def test_store_show(capsys, store):
+    about = ["  device     AMD EPYC", "  precision  float32", "  runtime    onnxruntime 1.32.0", "  threads    1"]
+    dated = "measured from 2020-01-02 03:04:05 to 2020-01-02 03:04:05 (UTC)"
+    one = [f"{IDS[0]}: 2 latencies, {dated}", *about]
+    other = [f"{IDS[1]}: 1 latency, {dated}", "  runtime    mine 0.1"]
+    assert run(capsys, "store", "show").splitlines() == [*one, "", *other]
+    layers = [
+        "      0.500 ms  MaxPool2d(2), shapes 16x14x15 16x7x7, batch 8",
+        "      0.123 ms  3x3 s2 p1 3->16, input 28x30, batch 8, ReLU, addition",
+    ]
+    shown = run(capsys, "store", "show", "--environment", IDS[0], "--layers").splitlines()
+    assert (shown[:5], sorted(shown[5:])) == (one, sorted(layers))
+    assert run(capsys, "store", "show", "--environment", IDS[1], "--layers").splitlines() == [
+        *other,
+        "      2.000 ms  1x1 3->16, input 9x9, batch 1",
+    ]
+    data = json.loads(run(capsys, "store", "show", "--environment", IDS[1], "--layers", "--json"))
+    assert data["environments"][0]["layers"] == [{**json.loads(BARE.key()), "latency": 2.0, "unit": "ms"}]
+    assert refused(capsys, "store", "show", "--environment", "0") == f"{store} holds no environment '0'"
+
+
+@pytest.mark.parametrize(
+    ("criteria", "gone"),
+    [
+        (("--runtime", "onnxruntime"), ["onnxruntime"]),
+        (("--device", "epyc"), ["onnxruntime"]),
+        (("--environment", IDS[1]), ["mine"]),
+        (("--older-than", "30d"), ["onnxruntime", "mine"]),
+        (("--older-than", "30d", "--runtime", "mine"), ["mine"]),
+        (("--older-than", "99999d"), []),
+        (("--all",), ["onnxruntime", "mine"]),
+    ],
+    ids=["runtime", "device", "environment", "older-than", "two", "nothing", "all"],
+)
+def test_store_prune_removes_what_it_says(capsys, store, criteria, gone):
+    count = sum({"onnxruntime": 2, "mine": 1}[name] for name in gone)
+    what = f"{count} {'latency' if count == 1 else 'latencies'} of {len(gone)} environment{'s' * (len(gone) != 1)}"
+    before = store.read_bytes()
+    dry = run(capsys, "store", "prune", *criteria, "--dry-run").splitlines()
+    assert dry[0] == f"{store}: would remove {what}"
+    data = json.loads(run(capsys, "store", "prune", *criteria, "--dry-run", "--json"))
+    assert (sum(each["entries"] for each in data["removed"]), data["dry_run"]) == (count, True)
+    assert store.read_bytes() == before
+    done = run(capsys, "store", "prune", *criteria).splitlines()
+    assert done == [f"{store}: removed {what}", *dry[1:]]
+    assert [line.split() for line in done[3:]] == [ROWS[name].split() for name in gone]
+    left = json.loads(run(capsys, "store", "list", "--json"))["environments"]
+    assert sum(each["entries"] for each in left) == 3 - count
+
+
+def test_a_dry_run_waits_for_no_other_process(capsys, store):
+    writer = sqlite3.connect(store, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    assert run(capsys, "store", "prune", "--all", "--dry-run").startswith(f"{store}: would remove 3 latencies")
+    writer.close()
+
+
+def test_store_prune_wants_to_be_told_what(capsys, store):
+    words = "say what to remove: --environment, --runtime, --device or --older-than; or --all, alone"
+    assert misused(capsys, "store", "prune") == misused(capsys, "store", "prune", "--dry-run") == words
+    assert misused(capsys, "store", "prune", "--all", "--runtime", "mine") == words
+    wrong = misused(capsys, "store", "prune", "--older-than", "30m")
+    assert wrong == "argument --older-than: '30m' is no age; expected something like 12h, 30d or 8w"
+    assert refused(capsys, "store", "prune", "--environment", "0") == f"{store} holds no environment '0'"
+    assert json.loads(run(capsys, "store", "list", "--json"))["environments"] != []
+
+
+@pytest.mark.parametrize(("text", "hours"), [("12h", 12), ("2d", 48), ("3w", 504)])
+def test_ages(text, hours):
+    assert _age(text) == timedelta(hours=hours)
+
+
+def test_store_merge(capsys, store, tmp_path):
+    new = tmp_path / "new.sqlite"
+    options = ("--store", str(new))
+    before = store.read_bytes()
+    assert (
+        run(capsys, "store", "merge", str(store), *options) == f"{new}: 3 latencies added, 0 replaced by newer ones\n"
+    )
+    with LatencyStore(store) as opened:
+        opened.put(OWN, BARE, 1.5, "ms")
+        opened.put(OWN, CONV, 1.5, "ms")
+    assert json.loads(run(capsys, "store", "merge", str(store), *options, "--json")) == {
+        "path": str(new),
+        "added": 1,
+        "replaced": 1,
+    }
+    assert run(capsys, "store", "merge", str(new)) == f"{store}: 0 latencies added, 0 replaced by newer ones\n"
+    assert store.read_bytes() != before
+
+
+def test_a_store_that_is_missing_or_foreign_is_named_and_left_alone(capsys, tmp_path):
+    missing, foreign = tmp_path / "missing.sqlite", tmp_path / "foreign.sqlite"
+    foreign.write_text("somebody's notes")
+    for command in (("list",), ("show",), ("prune", "--all"), ("prune", "--all", "--dry-run")):
+        text = refused(capsys, "store", *command, "--store", str(missing))
+        assert text == f"there is no latency store at {missing}"
+        text = refused(capsys, "store", *command, "--store", str(foreign))
+        assert text.startswith(f"{foreign} is not a latency store of fxmerge; it was left untouched")
+    for other in (missing, foreign):
+        assert str(other) in refused(capsys, "store", "merge", str(other), "--store", str(tmp_path / "new.sqlite"))
+    assert foreign.read_text() == "somebody's notes"
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
+def test_store_alone_prints_its_help(capsys):
+    out = run(capsys, "store")
+    assert out.startswith("usage: fxmerge store")
+    for words in ("list", "show", "prune", "merge", "examples:\n  fxmerge store list"):
+        assert words in out
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 BUDGET = ("--budget", "0.6")
@@ -419,9 +596,12 @@ def test_what_is_no_model_is_named(capsys, model, words):
         (("--output", "clinets.py"), "clinets.py is a file; expected a folder"),
         (("--output", "."), " is not empty and was not written by this version of fxmerge"),
         (("--output", "clinets.py/deeper"), "clinets.py/deeper cannot be written: "),
-        (("--export", "net.engine"), "cannot export to 'net.engine': expected a path ending in .onnx or .pt2."),
+        (
+            ("--export", "net.tflite"),
+            "cannot export to 'net.tflite': expected a path ending in .onnx, .pt2 or .engine.",
+        ),
         (("--export", "nowhere/net.onnx"), "cannot export to 'nowhere/net.onnx': its folder does not exist."),
-        (("--runtime", "tpu"), "unknown runtime 'tpu'; expected one of 'auto', 'onnxruntime', 'macs'"),
+        (("--runtime", "tpu"), "unknown runtime 'tpu'; expected one of 'auto', 'tensorrt', "),
         (("--importance", "taylor"), "unknown importance 'taylor'; the known ones are auto, distortion, magnitude"),
         (("--method", "width"), "unknown method 'width'; the known ones are layermerge, depth, layer"),
         (("--budget", "8ms", *MACS), "budget='8ms' is in ms, but this runtime measures MACs"),
@@ -439,12 +619,14 @@ def test_a_wrong_option_ends_with_1_and_one_line_before_the_work(capsys, monkeyp
 
 
 def test_unwritable_outputs_are_refused_before_the_model_is_made(capsys):
-    for options in (("--output", "clinets.py"), ("--export", "net.engine")):
+    for options in (("--output", "clinets.py"), ("--export", "net.tflite")):
         refused(capsys, "compress", "clinets:fails", *SHAPE, *BUDGET, *options)
     text = refused(capsys, "frontier", "clinets:fails", *SHAPE, *MACS, "--save", "nowhere/plans.json")
     assert text.startswith("nowhere/plans.json cannot be written: ")
     refused(capsys, "frontier", "clinets:fails", *SHAPE, *MACS, "--budget", "8ms")
-    assert "expected a path ending in .onnx or .pt2" in refused(capsys, "export", "clinets:fails", "net", *SHAPE)
+    assert "expected a path ending in .onnx, .pt2 or .engine" in refused(
+        capsys, "export", "clinets:fails", "net", *SHAPE
+    )
 
 
 def test_what_fails_in_the_users_own_code_keeps_its_traceback():

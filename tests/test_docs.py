@@ -150,11 +150,11 @@ def commands(text: str, program: str) -> set[str]:
     """The first arguments of a program, wherever it is called in a shell block or in inline code."""
     shell = [line for block in blocks(text) if block.language == "sh" for line in block.code.splitlines()]
     code = [*shell, *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
-    return {found.group(1) for line in code if (found := re.match(rf"{program} ([a-z]+)\b(?!=)", line))}
+    return {found.group(1) for line in code if (found := re.match(rf"{program} ([a-z][a-z-]*)\b(?!=)", line))}
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -172,10 +172,10 @@ def test_every_subcommand_exists(path, capsys):
 
 
 def test_commands_are_found_where_they_are_written():
-    text = "`make demo` make dust `make X=1` `fxmerge fold`\n```sh\nmake test  # all\nfxmerge inspect a:b\n```\n"
-    assert commands(text, "make") == {"demo", "test"}
+    text = "`make demo` make dust `make X=1` `fxmerge fold` `make gpu-check`\n```sh\nmake test  # all\nfxmerge inspect a:b\n```\n"
+    assert commands(text, "make") == {"demo", "gpu-check", "test"}
     assert commands(text, "fxmerge") == {"fold", "inspect"}
-    assert {"demo", "test", "lint"} <= make_targets()
+    assert {"demo", "test", "lint", "gpu-check"} <= make_targets()
 
 
 def resolve(name: str) -> object:

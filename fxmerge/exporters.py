@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import inspect
 import io
@@ -315,7 +316,7 @@ def _batch_axis(leaf: Any) -> dict[int, Any] | None:
 def _onnx(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_batch: bool) -> bytes:
     args, kwargs, names = _bind(module, args, kwargs)
     program = _program(module, args, kwargs, dynamic_batch)
-    with _torch_quiet():
+    with _torch_quiet(), _one_registry():
         # optimize folds batch norms and shape arithmetic, which ONNX Runtime alone does not: without
         # it a ResNet runs a third slower
         exported = torch.onnx.export(program, dynamo=True, input_names=names, optimize=True, verbose=False)
@@ -372,6 +373,31 @@ def _bind(
         if isinstance(leaf, Tensor)
     ]
     return bound.args, bound.kwargs, names
+
+
+@functools.cache
+def _registry(make: Callable[..., Any], **options: Any) -> Any:
+    return make(**options)
+
+
+@contextmanager
+def _one_registry() -> Iterator[None]:
+    """Let the exporter make its table of operators once in a process, not at every export: it takes a second (torch 2.13).
+
+    The table is private to torch. Where it is no longer what it was nothing is shared, and nothing else changes.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        make, original = ONNXRegistry.from_torchlib, vars(ONNXRegistry)["from_torchlib"]
+    except (ImportError, AttributeError, KeyError):
+        yield
+        return
+    setattr(ONNXRegistry, "from_torchlib", functools.partial(_registry, make))  # noqa: B010 - not in its type
+    try:
+        yield
+    finally:
+        setattr(ONNXRegistry, "from_torchlib", original)  # noqa: B010
 
 
 @contextmanager

@@ -91,6 +91,19 @@ def test_onnx_computes_the_same_at_other_batch_sizes(plain, tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
 
 
+def test_the_exporters_table_of_operators_is_made_once_and_put_back(plain):
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    before = vars(ONNXRegistry)["from_torchlib"]
+    args = (torch.randn(2, 3, 8, 8),)
+    first = onnx_bytes(plain, args, {}, dynamic_batch=True)
+    made = export._registry.cache_info().misses
+    again = onnx_bytes(plain, args, {}, dynamic_batch=True)
+    assert again == first
+    assert export._registry.cache_info().misses == made == 1
+    assert vars(ONNXRegistry)["from_torchlib"] is before
+
+
 def test_pt2_computes_the_same_at_other_batch_sizes(plain, tmp_path):
     path = export_module(plain, (examples(1)[0],), {}, str(tmp_path / "net.pt2"))
     program = torch.export.load(path)

@@ -247,3 +247,15 @@ def test_the_solver_figures_are_those_of_the_committed_run():
     assert len(rows) == 7
     assert "\n".join(rows) in README.read_text()
     assert results["command"] in README.read_text()
+
+
+def test_the_readme_shows_the_zoo_as_it_was_measured():
+    table = (ROOT / "benchmarks" / "results" / "zoo.md").read_text(encoding="utf-8").strip()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in readme
+    networks, families, merging, best = re.search(
+        r"(\d+) networks of (\d+) families;.*?(\d+) have a plan.*?of (\d+) it is", table
+    ).groups()
+    assert f"{networks} networks of {families}\nfamilies" in readme
+    assert f"{merging} of them have a\nPareto-optimal plan within 0.7" in readme
+    assert f"of {best} the best one does" in readme

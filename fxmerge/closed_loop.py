@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .runtimes import Timing
 
-__all__ = ["Build", "search"]
+__all__ = ["TOLERANCE", "Build", "search"]
 
 TOLERANCE = 0.02
 """A network this close to the budget is close enough."""

@@ -14,6 +14,7 @@ convolution with random weights.
 from __future__ import annotations
 
 import ast
+import logging
 import math
 import random
 import re
@@ -22,9 +23,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .candidates import Candidate
+from .errors import FxmergeError
 from .exporters import input_arrays, onnx_bytes
 from .graph import META, between, by_id, clone, module_of, node_id
 from .linear import FREE
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Skeleton", "cover", "measure_inside", "skeleton"]
 
+_log = logging.getLogger("fxmerge")
 _SWEEPS = 2
 _MOST_SWEEPS = 6
 _AGREEMENT = 0.02
@@ -65,7 +70,23 @@ class Skeleton:
 
     def holds(self, gm: fx.GraphModule, candidate: Candidate) -> bool:
         """Whether the candidate can be put here: its ends are not inside of what was folded without loss."""
-        return all(name in self.values for name in _ends(gm, candidate))
+        return all(self._value(gm, name) is not None for name in _ends(gm, candidate))
+
+    def _value(self, gm: fx.GraphModule, name: str) -> str | None:
+        """That an operation computes; of a batch norm that went into the convolution behind it, what it reads."""
+        while name not in self.values:
+            node = by_id(gm)[name]
+            if not isinstance(module_of(gm, node), _BatchNorm):
+                return None
+            name = node_id(node.all_input_nodes[0])
+        return self.values[name]
+
+    def _placed(self, gm: fx.GraphModule, candidate: Candidate) -> tuple[str, str]:
+        """The values at a candidate's ends."""
+        first, last = (self._value(gm, name) for name in _ends(gm, candidate))
+        assert first is not None  # noqa: S101 - it is only asked for what it holds
+        assert last is not None  # noqa: S101 - as above
+        return first, last
 
     def rewritten(self, gm: fx.GraphModule, candidates: Sequence[Candidate]) -> onnx.ModelProto:
         """The network with these disjoint candidates in place of what they replace.
@@ -82,7 +103,7 @@ class Skeleton:
         constants: dict[str, NDArray[Any]] = {}
         renamed: dict[str, str] = {}
         for number, candidate in enumerate(candidates, len(self.operations)):
-            exit_, target = self.values[_ends(gm, candidate)[-1]], f"fxm{number}_out"
+            exit_, target = self._placed(gm, candidate)[1], f"fxm{number}_out"
             nodes, weights = self._replacement(gm, candidate, target, f"fxm{number}_")
             made += nodes
             constants |= weights
@@ -107,7 +128,7 @@ class Skeleton:
 
         from .runtimes.onnxruntime import conv_nodes
 
-        source = self.values[_ends(gm, candidate)[0]]
+        source = self._placed(gm, candidate)[0]
         geometry = candidate.geometry
         if geometry is None:
             return [helper.make_node("Identity", [source], [target], name=prefix)], {}
@@ -115,10 +136,21 @@ class Skeleton:
         some = np.random.default_rng(0).standard_normal(4096, dtype=np.float32)
         weight = np.resize(some / np.sqrt(np.prod(shape[1:])).astype(np.float32), shape)
         bias = np.zeros(geometry.out_channels, dtype=np.float32)
-        return conv_nodes(geometry, weight, bias, source, target, candidate.activation, prefix)
+        nodes, constants = conv_nodes(geometry, weight, bias, source, target, candidate.activation, prefix)
+        dtype = _numpy_type(gm, candidate)
+        return nodes, {
+            name: array.astype(dtype) if array.dtype == np.float32 else array for name, array in constants.items()
+        }
 
 
-def _ends(gm: fx.GraphModule, candidate: Candidate) -> tuple[str, ...]:
+def _numpy_type(gm: fx.GraphModule, candidate: Candidate) -> np.dtype[Any]:
+    """Of the weights that a candidate merges."""
+    (first, *_) = (*candidate.kept, *candidate.bypassed)
+    conv: Any = module_of(gm, by_id(gm)[first])
+    return torch.empty(0, dtype=conv.weight.dtype).numpy().dtype
+
+
+def _ends(gm: fx.GraphModule, candidate: Candidate) -> tuple[str, str]:
     """The value that a candidate reads, or for a dropped branch its join's other operand, and the one that it gives."""
     if candidate.kind != "drop":
         return candidate.entry, candidate.exit
@@ -306,18 +338,34 @@ def measure_inside(
     known: dict[Signature, float] = {}
     total, done = len(networks) * _SWEEPS, 0
     for start in range(0, len(networks), _TOGETHER):
-        group = networks[start : start + _TOGETHER]
-        models = [found.rewritten(gm, chosen) for chosen in group]
-        profiles = [runtime.profile(model.SerializeToString(), found.feeds) for model in models]
-        for _ in _swept(profiles):
+        group = [
+            (chosen, model, profile)
+            for chosen in networks[start : start + _TOGETHER]
+            for model in [found.rewritten(gm, chosen)]
+            if (profile := _profile(runtime, model, found.feeds, chosen)) is not None
+        ]
+        for _ in _swept([profile for _, _, profile in group]):
             done += 1
             total = max(total, done)
             advance(done, total)
-        for chosen, model, profile in zip(group, models, profiles, strict=True):
+        for chosen, model, profile in group:
             for signature, latency in _read(profile, model, found, gm, operations, wanted, chosen, layout).items():
                 if latency < known.get(signature, math.inf):
                     known[signature] = latency
                     on_result(signature, latency)
+
+
+def _profile(
+    runtime: ProfilingRuntime, model: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]], chosen: Sequence[Candidate]
+) -> Profile | None:
+    """A network that is ready to be swept; None where the runtime rejects a rewrite: its merges will be timed alone."""
+    try:
+        return runtime.profile(model.SerializeToString(), feeds)
+    except FxmergeError as error:
+        if not chosen:
+            raise
+        _log.warning("%d merges are timed alone, not in a network: %s", len(chosen), error)
+        return None
 
 
 def _read(

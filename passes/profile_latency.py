@@ -199,7 +199,8 @@ def profile_latency(
     inside = _replaced(gm, enumeration, table, everything=bool(around))
     hopeful = _hopeful(merged, {c: sum(table[name] for name in inside[c]) for c in merged}, latencies)
     with progress(f"Measuring candidates on {runtime.name}") as bar:
-        latencies |= measured(runtime, list(hopeful.values()), store, bar.advance_to, inside_networks)
+        unknown = [signature for signature in hopeful.values() if signature not in latencies]
+        latencies |= measured(runtime, unknown, store, bar.advance_to, inside_networks)
     total, rest = _total(table, together), sum(latencies[signature] for signature in layout)
     counted = runtime.deterministic
     scale = 1.0 if counted or not total + rest else original / (total + rest)
@@ -245,7 +246,7 @@ def _replaced(
         candidate = site.candidate
         names: Iterable[str] = (*candidate.kept, *candidate.bypassed)
         if everything:
-            inside = map(node_id, between(nodes[candidate.entry], nodes[candidate.exit]))
+            inside = map(node_id, sorted(between(nodes[candidate.entry], nodes[candidate.exit])))
             names = (*inside, *(join for join, _ in candidate.cuts if candidate.kind == "drop"))
         found[candidate] = tuple(name for name in names if name in table)
     return found

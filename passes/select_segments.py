@@ -2,13 +2,15 @@
 
 Turns the enumeration, the latency table and the importance table into the pure numbers of :mod:`fxmerge.solver`: a
 Series becomes a chain whose candidates are spans, a Parallel a fork whose branches may be dropped, a Mesh a fork whose
-operations all stay. Never looks at weights or modules, and changes nothing: ``modified`` is False.
+operations all stay. A candidate of infinite latency is no choice. Never looks at weights or modules, and changes nothing:
+``modified`` is False.
 """
 
 from __future__ import annotations
 
 __all__ = ["SelectResult", "SelectSegmentsPass", "selection_problem"]
 
+import math
 from collections.abc import Mapping
 
 from torch import fx
@@ -68,6 +70,8 @@ def selection_problem(enumeration: Enumeration, latencies: LatencyTable, losses:
     """The solver's problem; the key of a choice is the index of its site."""
     sites: dict[int, list[tuple[int, Site]]] = {}
     for number, site in enumerate(enumeration.sites):
+        if math.isinf(latencies.of(site.candidate)):
+            continue
         sites.setdefault(site.series, []).append((number, site))
     numbers = {id(series): number for number, series in enumerate(enumeration.series)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -53,6 +54,8 @@ def report(*decisions, **changed):
         "original_error": 0.0,
         "dependence": 1.0,
         "bound": 0.0,
+        "builds": (),
+        "drift": 0.0,
         "seconds": {},
     }
     return Report(**(fields | changed))
@@ -153,10 +156,20 @@ def test_the_head_is_wrapped_and_says_what_was_measured():
     assert "measured:     40.000 ms (40.0%), repeatability 1.2%" in str(timed).splitlines()
 
 
+def test_networks_that_were_built_are_listed_with_the_drift():
+    looped = report(unit="ms", builds=((0.498, 0.531), (0.471, 0.4995)), drift=-0.013)
+    (line,) = [line for line in str(looped).splitlines() if line.startswith("built:")]
+    assert line == "built:        53.1% for 49.8%, 50.0% for 47.1% predicted; the original's latency drifted by -1.3%"
+    assert "built:" not in str(report())
+
+
 def test_json_keeps_everything_but_the_form_of_infinity():
-    whole = report(Decision("conv", "kept", "no candidate"), error=math.inf)
-    data = whole.to_json()
+    whole = report(
+        Decision("conv", "kept", "no candidate"), error=math.inf, builds=((0.5, 0.6), (0.4, 0.5)), drift=0.01
+    )
+    data = json.loads(json.dumps(whole.to_json()))
     assert data["error"] is None
+    assert data["builds"] == [[0.5, 0.6], [0.4, 0.5]]
     assert Report.from_json(data) == whole
     assert Report.from_json(dataclasses.replace(whole, error=1.0).to_json()) != whole
     with pytest.raises(fxmerge.errors.StoreError, match="no report of this version"):

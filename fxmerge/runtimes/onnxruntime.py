@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fxmerge.algebra import Geometry
 from fxmerge.errors import InternalError, MissingPackageError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-__all__ = ["OnnxRuntime", "conv_model"]
+__all__ = ["OnnxRuntime", "conv_model", "conv_nodes"]
 
 # The pair that torch's exporter writes; ONNX Runtime 1.20, the oldest supported, reads up to opset 21 and IR 10.
 _OPSET = 20
@@ -124,13 +125,23 @@ class OnnxRuntime:
         run()
         return run
 
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors that a network returns when it is built as :meth:`build` does, in order, on the CPU."""
+        feeds = input_arrays(module, args, kwargs)
+        session = self._session(onnx_bytes(module, args, kwargs, dynamic_batch=False), self._options())
+        known = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
+        return [torch.from_numpy(array) for array in session.run(None, known)]
+
     def profile(self, model: bytes, feeds: Mapping[str, NDArray[Any]]) -> Profile:
         """A session of a serialised ONNX model whose operators are timed.
 
         Raises:
             InternalError: ONNX Runtime rejects the model.
         """
-        return _Profiled(self, model, feeds)
+        try:
+            return _Profiled(self, model, feeds)
+        except Exception as error:
+            raise InternalError(f"ONNX Runtime rejects a network of layers to measure: {error}") from error
 
     def _layer(self, signature: LayerSignature) -> Profile:
         try:
@@ -173,9 +184,13 @@ class _Profiled:
         options = runtime._options()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(self.folder.name, "profile"))
-        self.session = runtime._session(model, options)
-        self.feeds = {entry.name: feeds[entry.name] for entry in self.session.get_inputs()}
-        self.session.run(None, self.feeds)
+        try:
+            self.session = runtime._session(model, options)
+            self.feeds = {entry.name: feeds[entry.name] for entry in self.session.get_inputs()}
+            self.session.run(None, self.feeds)
+        except Exception:
+            self.folder.cleanup()
+            raise
 
     def sweep(self) -> float:
         """Run a number of times that suits the network: at least three, up to 50 ms if it is quick."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -128,7 +129,21 @@ def test_a_counted_table_adds_what_it_leaves_out():
 def test_a_network_without_convolutions_has_an_empty_table():
     gm = captured(lively(nn.Sequential(nn.Tanh(), nn.AvgPool2d(2))), images(2, 3, 4, 4))
     _, table = profile(gm, Fake(), original=3.0)
-    assert table == LatencyTable("ms", {}, {}, {}, 3.0, 1.0, 0.0)
+    assert table == LatencyTable("ms", {}, {}, {}, {}, 3.0, 1.0, 0.0)
+
+
+def test_what_is_too_large_to_win_is_not_measured_alone_either():
+    """All layers of the original are equally quick, so what has more than twice the MACs that it replaces is hopeless."""
+    gm, _ = small("residual")
+    runtime = Fake()
+    enumeration, table = profile(gm, runtime)
+    _, merged = layer_signatures(gm, enumeration, batch=4)
+    wanted = {s for c, s in merged.items() if Fake.latency(s) <= 2 * table.replaced(c)}  # perhaps elsewhere
+    hopeless = {c for c, signature in merged.items() if signature not in wanted}
+    assert hopeless
+    assert hopeless == {c for c, latency in table.merged.items() if math.isinf(latency)}
+    kept, _ = layer_signatures(gm, enumeration, batch=4)
+    assert set(runtime.measured) == wanted | set(kept.values())
 
 
 def test_profiling_changes_nothing():

@@ -63,8 +63,9 @@ def tables(gm, seed):
     candidates = list(dict.fromkeys(site.candidate for site in enumeration.sites))
     kept = {node_id(node): rng.uniform(1, 3) for node, _ in convolutions(gm)}
     merged = {c: rng.uniform(0.5, 3) for c in candidates if c.kind == "merge"}
+    inside = {c: (*c.kept, *c.bypassed) for c in candidates}
     losses = {c: rng.uniform(0, 2) for c in candidates}
-    return enumeration, LatencyTable("ms", kept, merged, {}, 0.0, 1.0, 0.0), losses
+    return enumeration, LatencyTable("ms", kept, merged, {}, inside, 0.0, 1.0, 0.0), losses
 
 
 def cost(table, losses, chosen):

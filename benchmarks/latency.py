@@ -1,0 +1,243 @@
+"""How far predicted latencies are from measured ones, and budgets from what is delivered.
+
+``python benchmarks/latency.py`` writes a record to ``benchmarks/results/latency.json`` after every case, and beside it the
+table ``latency.md`` that the README shows. Cases that are in the file already are not run again (``--again`` does). A case
+is a network, a batch size and a number of threads; ``--runtime NAME`` measures on another runtime than ONNX Runtime's CPU
+provider, ``--results FILE`` writes elsewhere.
+
+Of every case, in one run:
+
+1. Rewrites: ten random plans are built, exported and timed in turns with the original. Shown is the error of the
+   prediction, the sum of fxmerge's table, and beside it that of the paper's protocol: every layer alone, mean of its runs,
+   added up; and of that with one scale, from the original. The plans are drawn by another generator than the covering
+   networks that the table was measured in.
+2. Budgets: the closed loop's first network against its prediction; the delivered network, measured afresh, against what
+   was requested; and the next larger plan of the frontier, which has to be over the budget.
+
+``repeatability`` is the largest relative difference between the two best timings of one network in the case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fxmerge
+from fxmerge.candidates import Candidate
+from fxmerge.driver import Frontier
+from fxmerge.errors import BudgetError
+from fxmerge.graph import between, by_id, node_id
+from fxmerge.passes.profile_latency import LatencyTable, layer_signatures
+from fxmerge.runtimes import LayerSignature, Timing, get_runtime
+from fxmerge.runtimes.onnxruntime import conv_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from zoo import NETWORKS, image_shape, seed_images
+
+RESULTS = Path(__file__).with_name("results") / "latency.json"
+REWRITES = 10
+BUDGETS = (0.8, 0.6, 0.45)
+ALONE_SECONDS = 0.1
+ALONE_RUNS = 10
+
+
+def main() -> None:
+    """Run the cases that are missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", default="onnxruntime", help="name of a runtime (default onnxruntime)")
+    parser.add_argument("--networks", nargs="+", default=["resnet34", "mobilenet_v2"], choices=list(NETWORKS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=[1, 2], help="of runtimes that take them (default 1 2)"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where records are written")
+    parser.add_argument("--again", action="store_true", help="run all cases again")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    records: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
+    threaded = options.runtime in ("onnxruntime", "torch")
+    for threads in options.threads if threaded else [None]:
+        for name in options.networks:
+            for batch in options.batches:
+                spec = options.runtime if threads is None else f"{options.runtime}:threads={threads}"
+                case = f"{name}, batch {batch}, {spec}"
+                if case in records and not options.again:
+                    continue
+                print(case, flush=True)
+                records[case] = measure(name, batch, spec)
+                options.results.write_text(json.dumps(records, indent=1) + "\n")
+                options.results.with_suffix(".md").write_text(table(records))
+                print(table({case: records[case]}), flush=True)
+
+
+def measure(name: str, batch: int, spec: str) -> dict[str, Any]:
+    """The record of one case."""
+    runtime = get_runtime(spec)
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    model = NETWORKS[name]()
+    frontier = fxmerge.frontier(model, seed_images(image_shape(name, batch)), runtime=runtime, store=None)
+    seconds = {"frontier": time.perf_counter() - start, **frontier._seconds}
+    timings: list[Timing] = []
+    alone = alone_table(frontier) if runtime.name == "onnxruntime" else None
+    rewrites = [rewrite(frontier, plan, alone, timings) for plan in random_plans(frontier, REWRITES)]
+    budgets = {str(share): budget(frontier, share, timings) for share in BUDGETS}
+    return {
+        "environment": runtime.environment(),
+        "original": frontier.original,
+        "table": {"scale": frontier._table.scale, "rest": frontier._table.rest, "plans": len(frontier)},
+        "repeatability": max(timing.repeatability for timing in timings),
+        "rewrites": rewrites,
+        "budgets": budgets,
+        "seconds": {**seconds, "all": time.perf_counter() - start},
+    }
+
+
+def random_plans(frontier: Frontier, count: int) -> Iterable[tuple[Candidate, ...]]:
+    """Plans of one to a dozen disjoint candidates, each as likely as any other that was measured."""
+    nodes = by_id(frontier._setup.base)
+    candidates = [site.candidate for site in frontier._useful]
+    inside = {c: set(map(node_id, between(nodes[c.entry], nodes[c.exit]))) for c in candidates}
+    for number in range(count):
+        draw = random.Random(1000 + number)  # noqa: S311 - a seeded choice
+        chosen: list[Candidate] = []
+        used: set[str] = set()
+        wanted = draw.randint(1, 12)
+        for candidate in draw.sample(candidates, len(candidates)):
+            joins = {join for join, _ in candidate.cuts if candidate.kind == "drop"}
+            if len(chosen) < wanted and used.isdisjoint(inside[candidate] | joins):
+                chosen.append(candidate)
+                used |= inside[candidate] | joins
+        yield tuple(chosen)
+
+
+def rewrite(
+    frontier: Frontier, chosen: tuple[Candidate, ...], alone: LatencyTable | None, timings: list[Timing]
+) -> dict[str, Any]:
+    """Predicted and measured latency of one plan, as shares of the original."""
+    plan = frontier._priced(chosen)
+    measured, original = frontier._measure(frontier._install(plan, None)[0])
+    timings += [measured, original]
+    share = measured.latency / original.latency
+    record = {"candidates": len(chosen), "measured": share, "predicted": plan.predicted / frontier.original}
+    if alone is not None:
+        total = alone.total(chosen)
+        record["alone"] = total / original.latency
+        record["alone, scaled"] = total / alone.total(())
+    return record
+
+
+def alone_table(frontier: Frontier) -> LatencyTable:
+    """The paper's protocol: every layer of the table alone, the mean of its runs."""
+    base, batch = frontier._setup.base, frontier._setup.batch
+    runtime: Any = frontier._setup.runtime
+    kept, merged = layer_signatures(base, frontier.enumeration, batch)
+    useful = {site.candidate for site in frontier._useful}
+    merged = {candidate: signature for candidate, signature in merged.items() if candidate in useful}
+    latencies = {signature: mean_alone(runtime, signature) for signature in {*kept.values(), *merged.values()}}
+    inside = {c: (*c.kept, *c.bypassed) for c in (site.candidate for site in frontier.enumeration.sites)}
+    known = {name: latencies[signature] for name, signature in kept.items()}
+    alone = {candidate: latencies[signature] for candidate, signature in merged.items()}
+    return LatencyTable("ms", known, alone, {}, inside, frontier.original, 1.0, 0.0)
+
+
+def mean_alone(runtime: Any, signature: LayerSignature) -> float:
+    """Milliseconds of a session that holds one layer, the mean of all runs but the first."""
+    geometry, draw = signature.geometry, np.random.default_rng(0)
+    shape = (signature.batch, geometry.in_channels, *signature.in_size)
+    weight = draw.standard_normal(
+        (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel), dtype=np.float32
+    )
+    bias = np.zeros(geometry.out_channels, dtype=np.float32)
+    model = conv_model(geometry, weight, bias, shape, signature.activation)
+    session = runtime._session(model.SerializeToString(), runtime._options())
+    feeds = {"x": draw.standard_normal(shape, dtype=np.float32)}
+    session.run(None, feeds)
+    runs: list[float] = []
+    end = time.perf_counter() + ALONE_SECONDS
+    while len(runs) < ALONE_RUNS or time.perf_counter() < end:
+        start = time.perf_counter()
+        session.run(None, feeds)
+        runs.append(time.perf_counter() - start)
+    return statistics.mean(runs) * 1e3
+
+
+def budget(frontier: Frontier, share: float, timings: list[Timing]) -> dict[str, Any]:
+    """What the closed loop delivers for a budget, measured afresh, and what the next larger plan measures."""
+    try:
+        result = frontier.compress(share)
+    except BudgetError as error:
+        return {"out of reach": str(error)}
+    report = result.report
+    measured, original = frontier._measure(result.merge())
+    timings += [measured, original]
+    index = next(i for i in range(len(frontier)) if frontier.plan(i).candidates == result.plan.candidates)
+    larger = None
+    if index + 2 < len(frontier):
+        timing, reference = frontier._measure(frontier._install(frontier.plan(index + 1), None)[0])
+        timings += [timing, reference]
+        larger = timing.latency / reference.latency
+    return {
+        "builds": report.builds,
+        "reported": report.measured / report.original,
+        "delivered": measured.latency / original.latency,
+        "next larger": larger,
+        "convolutions": report.after.convolutions,
+    }
+
+
+def errors(rewrites: Sequence[dict[str, Any]], key: str) -> str:
+    """Mean and worst relative error of a prediction, in per cent."""
+    if key not in rewrites[0]:
+        return ""
+    found = [abs(each[key] / each["measured"] - 1) for each in rewrites]
+    return f"{statistics.mean(found):.1%} / {max(found):.1%}"
+
+
+def table(records: dict[str, dict[str, Any]]) -> str:
+    """All cases in Markdown: prediction errors, then budgets."""
+    lines = [
+        "Error of the predicted end-to-end latency over ten random rewrites, mean / worst:",
+        "",
+        "| case | original | fxmerge's table | each layer alone, mean | same, scaled | repeatability |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, record in records.items():
+        shown = [errors(record["rewrites"], key) for key in ("predicted", "alone", "alone, scaled")]
+        lines.append(f"| {case} | {record['original']:.2f} ms | {' | '.join(shown)} | {record['repeatability']:.1%} |")
+    lines += [
+        "",
+        "Budgets, as shares of the original: what the closed loop's first network was predicted and measured, what was "
+        "delivered, measured afresh, and the next larger plan:",
+        "",
+        "| case | budget | first: predicted, measured | builds | delivered | next larger |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, record in records.items():
+        for share, found in record["budgets"].items():
+            if "builds" not in found:
+                lines.append(f"| {case} | {share} | {found['out of reach'].split('. ')[0]} | | | |")
+                continue
+            predicted, measured = found["builds"][0]
+            larger = "" if found["next larger"] is None else f"{found['next larger']:.3f}"
+            lines.append(
+                f"| {case} | {share} | {predicted:.3f}, {measured:.3f} | {len(found['builds'])} | {found['delivered']:.3f} | "
+                f"{larger} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -97,7 +97,8 @@ class Moments:
         pull = pull.clone()
         pull[:, -1] = 1e-9 * pull[:, 0]
         wanted = self.products if prior is None else self.products + pull[:, :, None] * prior
-        return torch.linalg.solve(self.inputs + torch.diag_embed(pull), wanted)
+        weights: Tensor = torch.linalg.solve(self.inputs + torch.diag_embed(pull), wanted)
+        return weights
 
     def error(self, weights: Tensor) -> float:
         """Squared error of weights (groups, unknowns, outputs), as a share of the target's variance."""
@@ -118,8 +119,8 @@ def patches(x: Tensor, geometry: Geometry) -> Tensor:
     for axis, (extent, stride) in enumerate(zip(geometry.extent, geometry.stride, strict=True), 2):
         x = x.unfold(axis, extent, stride)
     dims = geometry.dims
-    taps: list[slice] = [slice(None, None, dilation) for dilation in geometry.dilation]
-    x = x[(..., *taps)]
+    for axis, dilation in enumerate(geometry.dilation, 2 + dims):
+        x = x[(slice(None),) * axis + (slice(None, None, dilation),)]
     batch, channels = x.shape[:2]
     x = x.reshape(batch, geometry.groups, channels // geometry.groups, *x.shape[2:])
     pixels = range(3, 3 + dims)
@@ -131,7 +132,9 @@ def _grouped(target: Tensor, groups: int) -> Tensor:
     """(N, C, *size) as (groups, N * pixels, C / groups)."""
     flat = target.flatten(2) if target.ndim > 2 else target[..., None]
     batch, channels, pixels = flat.shape
-    return flat.reshape(batch, groups, channels // groups, pixels).permute(1, 0, 3, 2).reshape(groups, batch * pixels, -1)
+    return (
+        flat.reshape(batch, groups, channels // groups, pixels).permute(1, 0, 3, 2).reshape(groups, batch * pixels, -1)
+    )
 
 
 def fit_convolution(

@@ -20,11 +20,10 @@ merged segments is left as it is.
 
 from __future__ import annotations
 
-__all__ = ["RefitPass", "RefitResult", "Refitted", "refit"]
+__all__ = ["RefitPass", "RefitResult", "known_inputs", "refit"]
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,35 +32,18 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxmerge.calibration import Batch, Calibration, eval_mode, parse_memory
 from fxmerge.candidates import Candidate
 from fxmerge.evaluate import evaluate, recorder
-from fxmerge.graph import CONVOLUTIONS, META, by_id, graph_meta, is_tensor, module_of, node_id, sweep
+from fxmerge.fitting import Refitted
+from fxmerge.graph import CONVOLUTIONS, META, by_id, changed_nodes, graph_meta, is_tensor, module_of, node_id, sweep
 from fxmerge.linear import conv_geometry
 from fxmerge.passes._base import GraphPass
 from fxmerge.passes.fold import fold_segments
-from fxmerge.regression import FEW_ROWS, Fit, Moments, fit_convolution, moments_bytes
+from fxmerge.regression import Fit, Moments, fit_convolution, moments_bytes
+
+Known: TypeAlias = Mapping[str, Any]
+"""Values of one batch of images in the original network, by node id."""
 
 _aten = torch.ops.aten
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-@dataclass(frozen=True, slots=True)
-class Refitted:
-    """What was fitted.
-
-    Attributes:
-        name: of the convolution, or of the last linear layer.
-        error: on held-out images, as a share of the target's variance, of what was installed.
-        composed_error: of the composed weights.
-        rows_per_unknown: output pixels of the fitted images for each weight of an output channel.
-        fitted: whether the fitted weights were better.
-        reason: why nothing was fitted; empty where it was.
-    """
-
-    name: str
-    error: float = float("nan")
-    composed_error: float = float("nan")
-    rows_per_unknown: float = 0.0
-    fitted: bool = False
-    reason: str = ""
 
 
 class RefitResult(PassResult):
@@ -94,19 +76,40 @@ class RefitPass(GraphPass):
 
     def call(self, graph_module: fx.GraphModule) -> RefitResult:
         """Apply the pass in place; what was fitted is in the result's ``fits``."""
-        fits = refit(self.original, graph_module, self.calibration, self.memory)
+        images = known_inputs(self.original, self.calibration.fit)
+        held_out = known_inputs(self.original, self.calibration.held_out)
+        fits = refit(self.original, graph_module, images, held_out, self.memory)
         return RefitResult(graph_module, bool(fits), fits)
 
 
 def refit(
-    original: fx.GraphModule, gm: fx.GraphModule, calibration: Calibration, memory: int = 2**31
+    original: fx.GraphModule,
+    gm: fx.GraphModule,
+    fit: Sequence[Known],
+    held_out: Sequence[Known],
+    memory: int = 2**31,
+    *,
+    last: bool = True,
 ) -> tuple[Refitted, ...]:
-    """Fit in place; what became of every merged convolution, in the order of the graph."""
+    """Fit in place.
+
+    Args:
+        original: the canonical graph.
+        gm: a relaxed copy of it.
+        fit: images to fit: for every batch values of the original by node id, the inputs at least. The more are known, the less
+            is computed.
+        held_out: images to choose by.
+        memory: bound on the moments of one convolution, in bytes.
+        last: fit the last linear layer, too.
+
+    Returns:
+        What became of every merged convolution, in the order of the graph, and of the last linear layer.
+    """
     segments = {segment["exit"]: segment for segment in graph_meta(gm).get("segments", ())}
     if not segments:
         return ()
     fold_segments(gm)
-    work = _Refit(original, gm, calibration, memory)
+    work = _Refit(original, gm, (fit, held_out), memory)
     nodes = [node for node in gm.graph.nodes if node.meta.get(META, {}).get("exit") in segments]
     waiting = set(nodes)
     found = []
@@ -115,20 +118,36 @@ def refit(
             waiting.discard(node)
             candidate = Candidate.from_json(segments[node.meta[META]["exit"]]["candidate"])
             found.append(work.fit(node, candidate, waiting))
-        last = work.fit_last()
+        classifier = work.fit_last() if last else None
         sweep(gm)
-    return (*found, *([] if last is None else [last]))
+    return (*found, *([] if classifier is None else [classifier]))
+
+
+def known_inputs(gm: fx.GraphModule, batches: Iterable[Batch]) -> list[Known]:
+    """Batches as :func:`refit` takes them: the inputs alone."""
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    run = recorder(gm, inputs)
+    return [{node_id(node): value for node, value in run(batch)[1].items()} for batch in batches]
 
 
 class _Refit:
     """One run of the pass."""
 
-    def __init__(self, original: fx.GraphModule, gm: fx.GraphModule, calibration: Calibration, memory: int) -> None:
+    def __init__(
+        self, original: fx.GraphModule, gm: fx.GraphModule, parts: tuple[Sequence[Known], Sequence[Known]], memory: int
+    ) -> None:
         self.original = original
         self.gm = gm
         self.memory = memory
-        self.parts = (calibration.fit, calibration.held_out)
         self.targets = by_id(original)
+        changed = changed_nodes(original, gm)
+        same = [node for node in gm.graph.nodes if node not in changed]
+        self.originals = [[{self.targets[name]: v for name, v in batch.items()} for batch in part] for part in parts]
+        # What gives the same as in the original is known in the compressed network, too.
+        self.parts = [
+            [{node: batch[node_id(node)] for node in same if node_id(node) in batch} for batch in part]
+            for part in parts
+        ]
 
     def fit(self, node: fx.Node, candidate: Candidate, waiting: set[fx.Node]) -> Refitted:
         """Fit one merged convolution, where that can be done."""
@@ -188,31 +207,25 @@ class _Refit:
         shaped: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> Fit:
         """Gather moments from all images: the first value read is the input, a second one comes off the target."""
-        for moments, batches in zip((fitted, held_out), self.parts, strict=True):
-            for (x, *others), target in zip(self._values(read, batches), self._targets(wanted, batches), strict=True):
+        for moments, batches, originals in zip((fitted, held_out), self.parts, self.originals, strict=True):
+            for known, reference in zip(batches, originals, strict=True):
+                x, *others = (evaluate(self.gm, node, known) for node in read)
+                target = evaluate(self.original, wanted, reference)
                 moments.add(shaped(x), shaped(target - others[0] if others else target))
         start = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias
         return fit_convolution(fitted, held_out, weight, start)
-
-    def _values(self, nodes: Sequence[fx.Node], batches: Iterable[Batch]) -> Iterable[list[Tensor]]:
-        run = recorder(self.gm, nodes)
-        return ([values[node] for node in nodes] for _, values in map(run, batches))
-
-    def _targets(self, node: fx.Node, batches: Iterable[Batch]) -> Iterable[Tensor]:
-        run = recorder(self.original, [node])
-        return (values[node] for _, values in map(run, batches))
 
     def _normalise(self, node: fx.Node, module: Any) -> None:
         """Put a batch norm behind a convolution whose running statistics are what it scales and shifts back."""
         count, total, squares = 0, 0.0, 0.0
         axes = [0, *range(2, module.weight.ndim)]
-        for (value,) in self._values([node], self.parts[0]):
-            wide: Any = value.double()
+        for known in self.parts[0]:
+            wide: Any = evaluate(self.gm, node, known).double()
             count += wide.numel() // wide.shape[1]
             total, squares = total + wide.sum(axes), squares + wide.square().sum(axes)
         mean: Any = total / count
         variance: Any = (squares / count - mean.square()).clamp_min(1e-12)
-        norm = _NORMS[module.weight.ndim - 2](module.out_channels).to(module.weight)
+        norm: Any = _NORMS[module.weight.ndim - 2](module.out_channels).to(module.weight)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())

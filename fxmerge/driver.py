@@ -29,6 +29,7 @@ from .graph import clone, convolutions, device_of, graph_meta, refuse_other_stru
 from .inputs import Example, batch_size, map_tensors, split_example, with_batch
 from .plan import Plan, PlanEntry, format_latency
 from .progress import progress
+from .regression import FEW_ROWS
 from .report import Report, decide, size_of
 from .result import Result, merge_graph
 from .runtimes import Runtime, Timing, get_runtime, interleave
@@ -241,7 +242,9 @@ class Frontier:
         if calibration is None and self._installed is not None and self._installed[0] == plan.candidates:
             return self._installed[1]
         setup = self._setup
-        model, self._fits = apply_candidates(setup.base, plan.candidates, calibration, setup.fit, setup.memory)
+        model, self._fits = apply_candidates(
+            setup.base, plan.candidates, calibration, setup.fit, setup.memory, setup.limits
+        )
         pair = merge_graph(model), model
         if calibration is None:
             self._installed = plan.candidates, pair
@@ -284,6 +287,14 @@ class Frontier:
             checked = check_equal(model, merged, self._inputs, self._rounding)
         if checked.caveat:
             notes = (*notes, checked.caveat)
+        few = [each for each in fits if each.fitted and each.rows_per_unknown < FEW_ROWS]
+        if few:
+            least = min(each.rows_per_unknown for each in few)
+            notes = (
+                *notes,
+                f"{len(few)} fits have fewer than {FEW_ROWS:.0f} rows for an unknown (the least {least:.1f}, of "
+                f"{min(few, key=lambda each: each.rows_per_unknown).name}): more calibration images would help",
+            )
         report = Report(
             data=_about_data(setup.calibration, setup.estimator, setup.fit),
             notes=(*setup.notes, *notes),
@@ -567,7 +578,7 @@ def _set_up(
     read = None if calibration is None else read_calibration(calibration, inputs, base, example, memory)
     if read is not None and read.truncated:
         notes.append(f"calibration stopped at {read.images} images: memory={memory!r} was full")
-    estimator = get_estimator(importance, read, fit)
+    estimator = get_estimator(importance, read, fit, memory)
     return _Setup(
         base,
         example,

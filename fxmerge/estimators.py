@@ -173,7 +173,8 @@ class Distortion:
 
     Args:
         calibration: what :func:`fxmerge.calibration.read_calibration` returned.
-        memory: bound on what is remembered; with less of it more is computed again, and the losses are the same.
+        memory: bound on what is remembered; with less of it more is computed again, and the losses are the same. Also on
+            the moments of a fit, see :func:`fxmerge.passes.refit.refit`.
         fit: how weights are found, ``compose`` or ``refit``.
     """
 
@@ -267,10 +268,12 @@ def _one_distance(output: Tensor, reference: Tensor) -> float:
     return float((output - reference).square().sum() / spread)
 
 
-def get_estimator(spec: str | Estimator, calibration: Calibration | None, fit: str = "compose") -> Estimator:
+def get_estimator(
+    spec: str | Estimator, calibration: Calibration | None, fit: str = "compose", memory: str | int = "2GiB"
+) -> Estimator:
     """The estimator of that name: ``auto`` is ``distortion`` where there is calibration data, else ``magnitude``.
 
-    ``fit`` is how the weights that ``distortion`` judges are found.
+    ``fit`` is how the weights that ``distortion`` judges are found, ``memory`` what it may take.
 
     Raises:
         UserError: an unknown name, or ``distortion`` without calibration data.
@@ -282,7 +285,7 @@ def get_estimator(spec: str | Estimator, calibration: Calibration | None, fit: s
     if spec in ("auto", "distortion"):
         if calibration is None:
             raise UserError("importance='distortion' compares outputs on calibration inputs: pass calibration=...")
-        return Distortion(calibration, fit=fit)
+        return Distortion(calibration, memory, fit)
     raise UserError(
         f"unknown importance {spec!r}; the known ones are auto, distortion, magnitude, or an object with prepare()"
     )

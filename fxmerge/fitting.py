@@ -11,10 +11,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .calibration import Calibration, reestimate_batch_norms
-from .candidates import Candidate
+from .candidates import Candidate, Limits
 from .errors import UserError
 from .evaluate import evaluate
-from .graph import changed_nodes, clone, graph_meta, node_id
+from .graph import changed_nodes, clone, node_id
 
 if TYPE_CHECKING:
     from .passes.refit import Known
@@ -68,6 +68,7 @@ def apply_candidates(
     calibration: Calibration | None,
     fit: str = "compose",
     memory: int = 2**31,
+    limits: Limits | None = None,
 ) -> tuple[fx.GraphModule, tuple[Refitted, ...]]:
     """A relaxed copy with the weights that will be installed, and what was fitted.
 
@@ -77,6 +78,7 @@ def apply_candidates(
         calibration: images; None composes weights, and keeps batch-norm statistics.
         fit: ``compose`` or ``refit``.
         memory: bound on the moments of one fit, in bytes.
+        limits: what may change: the last linear layer is fitted only if they cover it; None for everything.
     """
     from .passes.refit import known_inputs
     from .passes.relax import RelaxPass
@@ -85,7 +87,9 @@ def apply_candidates(
     if calibration is None or not candidates:
         return relaxed, ()
     images, held_out = known_inputs(gm, calibration.fit), known_inputs(gm, calibration.held_out)
-    return relaxed, install(gm, relaxed, fit, images, held_out, memory)
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    last = limits is None or all(limits.covers(node_id(node)) for node in output.all_input_nodes)
+    return relaxed, install(gm, relaxed, fit, images, held_out, memory, last=last)
 
 
 def install(
@@ -101,12 +105,16 @@ def install(
     """Give a relaxed network its weights, in place; what was fitted.
 
     ``compose`` re-estimates the statistics of the batch norms behind a change. ``refit`` fits every merged convolution
-    (:mod:`fxmerge.passes.refit`); without any it does the same. Arguments as of :func:`fxmerge.passes.refit.refit`.
+    (:mod:`fxmerge.passes.refit`); where none can be fitted it does the same. Arguments as of
+    :func:`fxmerge.passes.refit.refit`.
     """
     from .passes.refit import refit
 
-    if fit == "refit" and graph_meta(relaxed).get("segments"):
-        return refit(original, relaxed, images, held_out, memory, last=last)
+    fits: tuple[Refitted, ...] = ()
+    if fit == "refit":
+        fits = refit(original, relaxed, images, held_out, memory, last=last)
+        if any(not each.reason for each in fits):
+            return fits
     changed = changed_nodes(original, relaxed)
     output = next(iter(relaxed.graph.find_nodes(op="output")))
     known = [node for node in relaxed.graph.nodes if node not in changed]
@@ -117,4 +125,4 @@ def install(
             return pytree.tree_leaves(evaluate(relaxed, output, unchanged))
 
     reestimate_batch_norms(relaxed, changed, images, forward)
-    return ()
+    return fits

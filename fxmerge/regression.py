@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .algebra import Geometry, as_torch_pad
 
-__all__ = ["Fit", "Moments", "fit_convolution", "moments_bytes", "patches"]
+__all__ = ["FEW_ROWS", "STRENGTHS", "Fit", "Moments", "fit_convolution", "moments_bytes", "patches"]
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths that are tried, as shares of the mean diagonal of P'P."""
 
 FEW_ROWS = 5.0
-"""Rows per unknown below which the solution is drawn towards the prior weights instead of zero."""
+"""Rows per unknown below which a fit says little about other images than those it has seen."""
 
 _CHUNK = 2**26
 """Bytes of patches that are held at once."""
@@ -55,7 +55,7 @@ class Fit:
 def moments_bytes(geometry: Geometry) -> int:
     """Memory that :class:`Moments` of a convolution takes."""
     unknowns = math.prod(geometry.weight_shape[1:]) + 1
-    return 8 * unknowns * (unknowns * geometry.groups + geometry.out_channels)
+    return 8 * (unknowns**2 * geometry.groups + (unknowns + 1) * geometry.out_channels)
 
 
 class Moments:
@@ -104,7 +104,8 @@ class Moments:
         """Squared error of weights (groups, unknowns, outputs), as a share of the target's variance."""
         explained = (weights * (self.inputs @ weights - 2 * self.products)).sum()
         spread = self.targets.sum() - self.products[:, -1].square().sum() / self.rows
-        return float((explained + self.targets.sum()) / spread.clamp_min(1e-300))
+        least = max(1e-15 * float(self.targets.sum()), 1e-30)  # what rounding leaves of a target that does not vary
+        return float((explained + self.targets.sum()).clamp_min(0.0) / spread.clamp_min(least))
 
 
 def patches(x: Tensor, geometry: Geometry) -> Tensor:
@@ -137,10 +138,13 @@ def _grouped(target: Tensor, groups: int) -> Tensor:
     )
 
 
+@torch.no_grad()
 def fit_convolution(
     fitted: Moments, held_out: Moments, weight: Tensor, bias: Tensor, strengths: Sequence[float] = STRENGTHS
 ) -> Fit:
-    """The convolution that fits best on held-out images, of all ridge strengths and the prior weights.
+    """The convolution that fits best on held-out images, of all ridge strengths, towards zero and the prior weights.
+
+    The prior weights themselves compete.
 
     Args:
         fitted: moments of the images to fit.
@@ -153,8 +157,7 @@ def fit_convolution(
     shape = (geometry.groups, geometry.out_channels // geometry.groups, -1)
     prior = torch.cat([weight.double().cpu().reshape(shape), bias.double().cpu().reshape(shape)], 2).transpose(1, 2)
     ratio = fitted.rows / fitted.inputs.shape[1]
-    towards = prior if ratio < FEW_ROWS else None
-    tried = [(strength, fitted.solve(strength, towards)) for strength in strengths]
+    tried = [(strength, fitted.solve(strength, towards)) for strength in strengths for towards in (None, prior)]
     errors = [(held_out.error(weights), strength, weights) for strength, weights in tried]
     error, strength, best = min(errors, key=lambda each: (not math.isfinite(each[0]), each[0]))
     prior_error = held_out.error(prior)

@@ -6,12 +6,12 @@ of these is then fitted (:mod:`fxmerge.regression`):
 1. Its input is what the compressed network in front of it gives, with what was fitted before; its target is what the
    original network gives at the segment's exit, inner activations in place. Where the segment ends in an addition whose
    other operand is known by then, the target is what the original's sum lacks: what went wrong in the skip is made good.
-2. The strength of the ridge, and whether the fitted or the composed weights are installed, is decided by the held-out
-   images. With few rows for an unknown the solution is drawn towards the composed weights.
+2. The strength of the ridge, whether it draws towards zero or the composed weights, and whether the fitted or the composed
+   weights are installed, is decided by the held-out images.
 3. Behind it stands a batch norm that changes nothing, because folded convolutions hardly train (fold removes it).
 
-Then the last linear layer, where its output is the network's, is fitted to the original's in the same way, drawn towards
-its old weights. A segment keeps its composed weights where a norm returned behind it, an activation was put
+Then the last linear layer, where its output is the network's, is fitted to the original's in the same way, its old weights in
+place of composed ones. A segment keeps its composed weights where a norm returned behind it, an activation was put
 behind it, a side input passes through it, or its moments would not fit into ``memory``.
 
 Works in place on a relaxed graph of the original; needs the ids of a canonical graph, and leaves them. A graph without
@@ -20,7 +20,7 @@ merged segments is left as it is.
 
 from __future__ import annotations
 
-__all__ = ["RefitPass", "RefitResult", "known_inputs", "refit"]
+__all__ = ["Known", "RefitPass", "RefitResult", "known_inputs", "refit"]
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -33,11 +33,24 @@ from fxmerge.calibration import Batch, Calibration, eval_mode, parse_memory
 from fxmerge.candidates import Candidate
 from fxmerge.evaluate import evaluate, recorder
 from fxmerge.fitting import Refitted
-from fxmerge.graph import CONVOLUTIONS, META, by_id, changed_nodes, graph_meta, is_tensor, module_of, node_id, sweep
+from fxmerge.graph import (
+    CONVOLUTIONS,
+    META,
+    by_id,
+    changed_nodes,
+    graph_meta,
+    is_tensor,
+    module_of,
+    node_id,
+    shape_of,
+    shared_targets,
+    sweep,
+)
 from fxmerge.linear import conv_geometry
 from fxmerge.passes._base import GraphPass
 from fxmerge.passes.fold import fold_segments
 from fxmerge.regression import Fit, Moments, fit_convolution, moments_bytes
+from fxmerge.surgery import insert_behind
 
 Known: TypeAlias = Mapping[str, Any]
 """Values of one batch of images in the original network, by node id."""
@@ -100,7 +113,7 @@ def refit(
             is computed.
         held_out: images to choose by.
         memory: bound on the moments of one convolution, in bytes.
-        last: fit the last linear layer, too.
+        last: fit the last linear layer, too, if anything was fitted.
 
     Returns:
         What became of every merged convolution, in the order of the graph, and of the last linear layer.
@@ -108,6 +121,7 @@ def refit(
     segments = {segment["exit"]: segment for segment in graph_meta(gm).get("segments", ())}
     if not segments:
         return ()
+    old = set(gm.modules())
     fold_segments(gm)
     work = _Refit(original, gm, (fit, held_out), memory)
     nodes = [node for node in gm.graph.nodes if node.meta.get(META, {}).get("exit") in segments]
@@ -118,8 +132,10 @@ def refit(
             waiting.discard(node)
             candidate = Candidate.from_json(segments[node.meta[META]["exit"]]["candidate"])
             found.append(work.fit(node, candidate, waiting))
-        classifier = work.fit_last() if last else None
+        classifier = work.fit_last() if last and any(not each.reason for each in found) else None
         sweep(gm)
+    for module in set(gm.modules()) - old:
+        module.train(gm.training)
     return (*found, *([] if classifier is None else [classifier]))
 
 
@@ -127,7 +143,8 @@ def known_inputs(gm: fx.GraphModule, batches: Iterable[Batch]) -> list[Known]:
     """Batches as :func:`refit` takes them: the inputs alone."""
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     run = recorder(gm, inputs)
-    return [{node_id(node): value for node, value in run(batch)[1].items()} for batch in batches]
+    with eval_mode(gm):
+        return [{node_id(node): value for node, value in run(batch)[1].items()} for batch in batches]
 
 
 class _Refit:
@@ -192,7 +209,9 @@ class _Refit:
         if not isinstance(other, fx.Node) or not is_tensor(other) or other is node:
             return None, None
         twin = self.targets.get(node_id(reader))
-        if twin is None or twin.target is not _aten.add.Tensor or not waiting.isdisjoint(_ancestors(other)):
+        if twin is None or twin.target is not _aten.add.Tensor or shape_of(reader) != shape_of(node):
+            return None, None
+        if not waiting.isdisjoint(_ancestors(other)):
             return None, None
         return reader, other
 
@@ -210,7 +229,7 @@ class _Refit:
         for moments, batches, originals in zip((fitted, held_out), self.parts, self.originals, strict=True):
             for known, reference in zip(batches, originals, strict=True):
                 x, *others = (evaluate(self.gm, node, known) for node in read)
-                target = evaluate(self.original, wanted, reference)
+                target = evaluate(self.original, wanted, reference).double()
                 moments.add(shaped(x), shaped(target - others[0] if others else target))
         start = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias
         return fit_convolution(fitted, held_out, weight, start)
@@ -230,13 +249,8 @@ class _Refit:
         norm.running_var.copy_(variance)
         norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
         norm.bias.copy_(norm.running_mean)
-        path = f"{node.target}_norm"
-        self.gm.add_submodule(path, norm.eval())
-        with self.gm.graph.inserting_after(node):
-            behind = self.gm.graph.call_module(path, (node,))
-        behind.meta[META] = {**node.meta[META], "id": path}
-        behind.meta[META].pop("made_of", None)
-        node.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
+        behind = insert_behind(self.gm, node, norm.eval(), f"{node.target}_norm")
+        del behind.meta[META]["made_of"]
         self.gm.recompile()
 
     def fit_last(self) -> Refitted | None:
@@ -247,7 +261,7 @@ class _Refit:
         if node is None or not isinstance(module, nn.Linear) or node_id(node) not in self.targets:
             return None
         source = node.all_input_nodes[0]
-        if len(source.meta[META].get("shape", ())) != 2:
+        if len(shape_of(source)) != 2 or str(node.target) in shared_targets(self.gm):
             return None
         pointwise = conv_geometry(nn.Conv1d(module.in_features, module.out_features, 1))
         if 2 * moments_bytes(pointwise) > self.memory:

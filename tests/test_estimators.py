@@ -264,6 +264,9 @@ def test_estimators_by_name(calibration):
     assert isinstance(get_estimator("auto", None), Magnitude)
     assert isinstance(get_estimator("auto", calibration), Distortion)
     assert isinstance(get_estimator("magnitude", calibration), Magnitude)
+    chosen = get_estimator("auto", calibration, "refit", "1MB")
+    assert (chosen.fit, chosen.memory) == ("refit", 10**6)
+    assert Distortion(calibration).fit == get_estimator("distortion", calibration).fit == "compose"
     own = Magnitude()
     assert get_estimator(own, None) is own
     assert isinstance(own, Estimator)

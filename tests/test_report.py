@@ -47,12 +47,15 @@ def report(*decisions, **changed):
         "candidates": {"merge": 2},
         "useful": 1,
         "refusals": {"gate": 1},
+        "fits": (),
         "decisions": decisions,
         "error": 0.0,
         "error_allowed": 1e-5,
         "original_error": 0.0,
         "dependence": 1.0,
         "bound": 0.0,
+        "builds": (),
+        "drift": 0.0,
         "seconds": {},
     }
     return Report(**(fields | changed))

@@ -17,17 +17,19 @@ import numpy as np
 from torch import fx, nn
 
 from .budget import Budget, parse_budget
-from .calibration import Batch, Calibration, read_calibration
+from .calibration import Batch, Calibration, parse_memory, read_calibration
 from .candidates import Candidate, Enumeration, Limits, Site, submodules
 from .capture import capture
 from .checks import check_equal, distinct_inputs, outputs_of, own_error
 from .closed_loop import Build, search
 from .errors import BudgetError, PlanError, UnsupportedError, UserError
-from .estimators import Estimator, apply_candidates, get_estimator
+from .estimators import Estimator, get_estimator
+from .fitting import Refitted, apply_candidates, resolve_fit
 from .graph import clone, convolutions, device_of, graph_meta, refuse_other_structure, structure
 from .inputs import Example, batch_size, map_tensors, split_example, with_batch
 from .plan import Plan, PlanEntry, format_latency
 from .progress import progress
+from .regression import FEW_ROWS
 from .report import Report, decide, size_of
 from .result import Result, merge_graph
 from .runtimes import Runtime, Timing, get_runtime, interleave
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Frontier", "compress", "fold", "frontier"]
 
-_FITS = ("auto", "compose")
 _TOLERANCE = 0.02
 _DRIFT = 0.05
 _TRIES = 8
@@ -58,6 +59,8 @@ class _Setup:
     estimator: Estimator
     runtime: Runtime
     limits: Limits
+    fit: str
+    memory: int
     notes: tuple[str, ...]
 
 
@@ -85,6 +88,7 @@ class Frontier:
         self._structure = structure(setup.base)
         self._inputs = distinct_inputs(setup.base, setup.example)
         self._rounding = own_error(setup.base, self._inputs, outputs_of(setup.base, self._inputs))
+        self._fits: tuple[Refitted, ...] = ()
         self._installed: tuple[tuple[Candidate, ...], tuple[fx.GraphModule, fx.GraphModule]] | None = None
         self._setup = setup
         self._table = table
@@ -237,7 +241,10 @@ class Frontier:
         """The merged and the trainable network of a plan; the last pair without calibration is kept, to be handed out."""
         if calibration is None and self._installed is not None and self._installed[0] == plan.candidates:
             return self._installed[1]
-        model = apply_candidates(self._setup.base, plan.candidates, calibration)
+        setup = self._setup
+        model, self._fits = apply_candidates(
+            setup.base, plan.candidates, calibration, setup.fit, setup.memory, setup.limits
+        )
         pair = merge_graph(model), model
         if calibration is None:
             self._installed = plan.candidates, pair
@@ -274,13 +281,22 @@ class Frontier:
             notes = (*notes, self._about_drift(original.latency))
         with _stage(seconds, "install", "Installing the plan"):
             merged, model = self._install(plan, setup.calibration if plan.candidates else None)
+            fits = self._fits
             self._installed = None  # handed out: the user may change it
         with _stage(seconds, "check", "Checking the merged network"):
             checked = check_equal(model, merged, self._inputs, self._rounding)
         if checked.caveat:
             notes = (*notes, checked.caveat)
+        few = [each for each in fits if each.fitted and each.rows_per_unknown < FEW_ROWS]
+        if few:
+            least = min(each.rows_per_unknown for each in few)
+            notes = (
+                *notes,
+                f"{len(few)} fits have fewer than {FEW_ROWS:.0f} rows for an unknown (the least {least:.1f}, of "
+                f"{min(few, key=lambda each: each.rows_per_unknown).name}): more calibration images would help",
+            )
         report = Report(
-            data=_about_data(setup.calibration, setup.estimator),
+            data=_about_data(setup.calibration, setup.estimator, setup.fit),
             notes=(*setup.notes, *notes),
             runtime={**setup.runtime.environment(), "name": setup.runtime.name},
             unit=self.unit,
@@ -302,6 +318,7 @@ class Frontier:
             error_allowed=checked.allowed,
             original_error=self._rounding,
             dependence=checked.dependence,
+            fits=fits,
             bound=self._table.scale * self._points.bound,
             builds=tuple((b.predicted / self.original, b.measured.latency / b.original.latency) for b in builds),
             drift=drift,
@@ -401,7 +418,9 @@ def compress(
         inputs: how to take the model's inputs out of a batch, such as ``lambda batch: batch[0]``; never guessed.
         importance: "distortion" (default with calibration), "magnitude" (default without), or an
             :class:`~fxmerge.estimators.Estimator`.
-        fit: "compose": merged weights are composed, batch-norm statistics re-estimated where there is calibration data.
+        fit: "refit" (default with calibration): merged convolutions are fitted to the original on the calibration inputs, in
+            closed form; "compose" (default without): merged weights are composed, as in the paper, and batch-norm
+            statistics re-estimated where there is calibration data.
         method: "layermerge", or the paper's baselines "depth" (no convolution goes) and "layer" (nothing merges).
         levels: use the paper's Algorithm 1 with that many latency levels instead of the exact frontier.
         options: those of :func:`frontier`: include, exclude, batch, max_span, max_kernel, exit_activation, max_points, memory,
@@ -505,8 +524,7 @@ def frontier(
         submodules(model, "include", include),
         submodules(model, "exclude", exclude),
     )
-    if fit not in _FITS:
-        raise UserError(f"unknown fit {fit!r}; the known ones are {', '.join(_FITS)}")
+    fit = resolve_fit(fit, calibrated=calibration is not None)
     get_estimator(importance, None if calibration is None else Calibration((), (), 0, False))
     for name, value in (("max_points", max_points), ("batch", batch)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -521,7 +539,7 @@ def frontier(
     try:
         with _stage(seconds, "capture", "Capturing the model"):
             setup = _set_up(
-                model, example_input, chosen, calibration, inputs, importance, limits, batch=batch, memory=memory
+                model, example_input, chosen, calibration, inputs, importance, limits, fit, batch=batch, memory=memory
             )
         return _solve(setup, kept, seconds, max_points, measure_seconds)
     finally:
@@ -537,6 +555,7 @@ def _set_up(
     inputs: Callable[[Any], Any] | None,
     importance: str | Estimator,
     limits: Limits,
+    fit: str,
     *,
     batch: int | None,
     memory: str | int,
@@ -559,8 +578,19 @@ def _set_up(
     read = None if calibration is None else read_calibration(calibration, inputs, base, example, memory)
     if read is not None and read.truncated:
         notes.append(f"calibration stopped at {read.images} images: memory={memory!r} was full")
-    estimator = get_estimator(importance, read)
-    return _Setup(base, example, batch_size(*example) or 1, read, estimator, runtime, limits, tuple(notes))
+    estimator = get_estimator(importance, read, fit, memory)
+    return _Setup(
+        base,
+        example,
+        batch_size(*example) or 1,
+        read,
+        estimator,
+        runtime,
+        limits,
+        fit,
+        parse_memory(memory),
+        tuple(notes),
+    )
 
 
 def _solve(
@@ -637,13 +667,16 @@ def _open_store(store: str | os.PathLike[str]) -> LatencyStore:
     return LatencyStore(default_path() if store == "default" else Path(store))
 
 
-def _about_data(calibration: Calibration | None, estimator: Estimator) -> str:
+def _about_data(calibration: Calibration | None, estimator: Estimator, fit: str) -> str:
     if calibration is None:
         return (
             f"No calibration data: importance is {estimator.name}, weights are composed, batch-norm statistics are the "
             "original's."
         )
-    return f"Calibrated on {calibration.images} images: importance is {estimator.name}, batch-norm statistics re-estimated."
+    weights = (
+        "merged convolutions refitted" if fit == "refit" else "weights composed, batch-norm statistics re-estimated"
+    )
+    return f"Calibrated on {calibration.images} images: importance is {estimator.name}, {weights}."
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,15 +18,27 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .algebra import Conv
-from .calibration import Calibration, eval_mode, parse_memory, reestimate_batch_norms
+from .calibration import Calibration, eval_mode, parse_memory
 from .candidates import Candidate
 from .errors import UserError
 from .evaluate import evaluate, recorder
-from .graph import CONVOLUTIONS, META, by_id, clone, is_convolution, is_tensor, module_of, node_id, shape_of
+from .fitting import install
+from .graph import (
+    CONVOLUTIONS,
+    META,
+    by_id,
+    changed_nodes,
+    clone,
+    is_convolution,
+    is_tensor,
+    module_of,
+    node_id,
+    shape_of,
+)
 from .linear import NORMS, conv_geometry, is_constant
 from .regions import JOINS
 
-__all__ = ["Distortion", "Estimator", "Magnitude", "apply_candidates", "changed_nodes", "distance", "get_estimator"]
+__all__ = ["Distortion", "Estimator", "Magnitude", "distance", "get_estimator"]
 
 
 _LEAST_EXPLAINED = 1e-6
@@ -155,20 +167,23 @@ def _unexplained_of_conv(module: Conv) -> float:
 class Distortion:
     """Losses from the network's outputs on calibration inputs.
 
-    One candidate is applied with the weights that would be installed (composed, batch-norm statistics re-estimated on
-    the batches to fit), and the outputs on the held-out batches are compared with the original's by :func:`distance`.
-    Only what lies behind the candidate is computed: values in front of it are remembered from the original.
+    One candidate is applied with the weights that would be installed (:mod:`fxmerge.fitting`), and the outputs on the
+    held-out batches are compared with the original's by :func:`distance`. Only what lies behind the candidate is
+    computed: values in front of it are remembered from the original.
 
     Args:
         calibration: what :func:`fxmerge.calibration.read_calibration` returned.
-        memory: bound on what is remembered; with less of it more is computed again, and the losses are the same.
+        memory: bound on what is remembered; with less of it more is computed again, and the losses are the same. Also on
+            the moments of a fit, see :func:`fxmerge.passes.refit.refit`.
+        fit: how weights are found, ``compose`` or ``refit``.
     """
 
     name = "distortion"
 
-    def __init__(self, calibration: Calibration, memory: str | int = "2GiB") -> None:
+    def __init__(self, calibration: Calibration, memory: str | int = "2GiB", fit: str = "compose") -> None:
         self.calibration = calibration
         self.memory = parse_memory(memory)
+        self.fit = fit
 
     def prepare(self, gm: fx.GraphModule) -> Callable[[Candidate], float]:
         """Run the original once."""
@@ -182,17 +197,18 @@ class Distortion:
 
         def score(candidate: Candidate) -> float:
             relaxed = RelaxPass((candidate,))(clone(gm, share_parameters=True)).graph_module.eval()
+            held_out_values = [values for values, _ in held_out]
+            # The last layer is fitted once, to the whole plan.
+            install(gm, relaxed, self.fit, fit, held_out_values, self.memory, last=False)
             changed = changed_nodes(gm, relaxed)
+            known = [node for node in relaxed.graph.nodes if node not in changed and node_id(node) in fit[0]]
             output = next(iter(relaxed.graph.find_nodes(op="output")))
-
-            def forward(values: dict[str, Any]) -> list[Tensor]:
+            losses = []
+            for values, outputs in held_out:
                 unchanged = {node: values[node_id(node)] for node in known}
                 with torch.no_grad():
-                    return _floats(evaluate(relaxed, output, unchanged))
-
-            known = [node for node in relaxed.graph.nodes if node not in changed and node_id(node) in fit[0]]
-            reestimate_batch_norms(relaxed, changed, fit, forward)
-            return float(np.mean([distance(forward(values), outputs) for values, outputs in held_out]))
+                    losses.append(distance(_floats(evaluate(relaxed, output, unchanged)), outputs))
+            return float(np.mean(losses))
 
         return score
 
@@ -228,33 +244,6 @@ def _floats(outputs: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def apply_candidates(
-    gm: fx.GraphModule, candidates: Collection[Candidate], calibration: Calibration | None
-) -> fx.GraphModule:
-    """A relaxed copy with the weights that will be installed: composed, statistics behind a change re-estimated."""
-    from .passes.relax import RelaxPass
-
-    relaxed: fx.GraphModule = RelaxPass(tuple(candidates))(clone(gm)).graph_module
-    if calibration is not None and candidates:
-        reestimate_batch_norms(relaxed, changed_nodes(gm, relaxed), calibration.fit)
-    return relaxed
-
-
-def changed_nodes(original: fx.GraphModule, relaxed: fx.GraphModule) -> set[fx.Node]:
-    """Operations of ``relaxed`` whose values may differ from those they had in ``original``.
-
-    They are new, read something else, or read what has changed.
-    """
-    before = by_id(original)
-    changed: set[fx.Node] = set()
-    for node in relaxed.graph.nodes:
-        twin = before.get(node_id(node))
-        same = twin is not None and list(map(node_id, twin.all_input_nodes)) == list(map(node_id, node.all_input_nodes))
-        if not same or not changed.isdisjoint(node.all_input_nodes):
-            changed.add(node)
-    return changed
-
-
 def distance(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """How far outputs are from the reference's, averaged over them.
 
@@ -279,8 +268,12 @@ def _one_distance(output: Tensor, reference: Tensor) -> float:
     return float((output - reference).square().sum() / spread)
 
 
-def get_estimator(spec: str | Estimator, calibration: Calibration | None) -> Estimator:
+def get_estimator(
+    spec: str | Estimator, calibration: Calibration | None, fit: str = "compose", memory: str | int = "2GiB"
+) -> Estimator:
     """The estimator of that name: ``auto`` is ``distortion`` where there is calibration data, else ``magnitude``.
+
+    ``fit`` is how the weights that ``distortion`` judges are found, ``memory`` what it may take.
 
     Raises:
         UserError: an unknown name, or ``distortion`` without calibration data.
@@ -292,7 +285,7 @@ def get_estimator(spec: str | Estimator, calibration: Calibration | None) -> Est
     if spec in ("auto", "distortion"):
         if calibration is None:
             raise UserError("importance='distortion' compares outputs on calibration inputs: pass calibration=...")
-        return Distortion(calibration)
+        return Distortion(calibration, memory, fit)
     raise UserError(
         f"unknown importance {spec!r}; the known ones are auto, distortion, magnitude, or an object with prepare()"
     )

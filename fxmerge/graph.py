@@ -32,6 +32,7 @@ __all__ = [
     "attribute",
     "between",
     "by_id",
+    "changed_nodes",
     "clone",
     "convolutions",
     "device_of",
@@ -156,6 +157,21 @@ class CanonicalGraph(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         return _deep_copy(self, memo)
+
+
+def changed_nodes(original: fx.GraphModule, relaxed: fx.GraphModule) -> set[fx.Node]:
+    """Operations of ``relaxed`` whose values may differ from those they had in ``original``.
+
+    They are new, folded, read something else, or read what has changed.
+    """
+    before = by_id(original)
+    changed: set[fx.Node] = set()
+    for node in relaxed.graph.nodes:
+        twin = before.get(node_id(node))
+        same = twin is not None and list(map(node_id, twin.all_input_nodes)) == list(map(node_id, node.all_input_nodes))
+        if not same or "made_of" in node.meta[META] or not changed.isdisjoint(node.all_input_nodes):
+            changed.add(node)
+    return changed
 
 
 def clone(gm: fx.GraphModule, *, share_parameters: bool = False) -> fx.GraphModule:

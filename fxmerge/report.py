@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from .candidates import Candidate, Enumeration, Refusal, Site
 from .errors import StoreError
+from .fitting import Refitted
 from .graph import between, by_id, convolutions, node_id
 from .inspection import legend, unexplained
 from .linear import Side, meaning
@@ -76,6 +77,7 @@ class Report:
     error_allowed: float
     original_error: float
     dependence: float
+    fits: tuple[Refitted, ...]
     bound: float
     builds: tuple[tuple[float, float], ...]
     drift: float
@@ -96,6 +98,7 @@ class Report:
             fields: dict[str, Any] = {name: math.inf if value is None else value for name, value in data.items()}
             fields["notes"] = tuple(fields["notes"])
             fields["before"], fields["after"] = Size(**fields["before"]), Size(**fields["after"])
+            fields["fits"] = tuple(Refitted(**each) for each in fields["fits"])
             fields["builds"] = tuple((predicted, measured) for predicted, measured in fields["builds"])
             fields["decisions"] = tuple(Decision(**each) for each in fields["decisions"])
             return Report(**fields)
@@ -121,6 +124,7 @@ class Report:
             f"predicted:    {show(self.predicted)}",
             f"measured:     {measured}",
             *self._closed_loop(),
+            *self._fitted(),
             f"convolutions: {self.before.convolutions} -> {self.after.convolutions}",
             f"parameters:   {self.before.parameters:,} -> {self.after.parameters:,}",
             f"candidates:   {_counts(self.candidates)}; {self.useful} of them faster than what they replace",
@@ -130,6 +134,21 @@ class Report:
         ]
         wrapped = (piece for line in lines for piece in _wrap(line, "", " " * 14))
         return "\n".join([*wrapped, "", *_table(self.decisions)])
+
+    def _fitted(self) -> list[str]:
+        if not self.fits:
+            return []
+        done = [each for each in self.fits if not each.reason]
+        better = [each for each in done if each.fitted]
+        lines = [f"fitted:       {len(better)} of {len(self.fits)}; {len(done) - len(better)} are better composed"]
+        if done:
+            worst = max(done, key=lambda each: each.error)
+            least = min(done, key=lambda each: each.rows_per_unknown)
+            lines[0] += (
+                f"; held-out error at most {worst.error:.2g} ({worst.name}), composed {worst.composed_error:.2g}; at least "
+                f"{least.rows_per_unknown:.1f} rows for an unknown ({least.name})"
+            )
+        return lines + [f"not fitted:   {each.name}: {each.reason}" for each in self.fits if each.reason]
 
     def _closed_loop(self) -> list[str]:
         if not self.builds:

@@ -16,6 +16,7 @@ from .linear import conv_geometry, is_filter
 
 __all__ = [
     "insert_activation",
+    "insert_behind",
     "insert_pad",
     "insert_side",
     "join_operands",
@@ -57,8 +58,13 @@ def insert_activation(gm: fx.GraphModule, value: fx.Node, activation: nn.Module,
         fitted = nn.PReLU(channels, device=slopes.device, dtype=slopes.dtype).train(activation.training)
         fitted.load_state_dict({"weight": slopes.mean().expand(channels)})
         activation = fitted
+    return insert_behind(gm, value, activation, path)
+
+
+def insert_behind(gm: fx.GraphModule, value: fx.Node, module: nn.Module, path: str) -> fx.Node:
+    """A new call of ``module``, under ``path`` or the next free name, that every reader of ``value`` reads instead."""
     path = _unused(path, {name for name, _ in gm.named_modules()} | by_id(gm).keys())
-    gm.add_submodule(path, activation)
+    gm.add_submodule(path, module)
     with gm.graph.inserting_after(value):
         node = gm.graph.call_module(path, (value,))
     value.replace_all_uses_with(node, delete_user_cb=lambda reader: reader is not node)

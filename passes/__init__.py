@@ -19,6 +19,7 @@ from fxmerge.passes.enumerate_segments import EnumerateSegmentsPass, Enumeration
 from fxmerge.passes.fold import FoldPass, FoldResult
 from fxmerge.passes.profile_latency import LatencyTable, ProfileLatencyPass, ProfileResult
 from fxmerge.passes.recognise import RecognisePass
+from fxmerge.passes.refit import RefitPass, RefitResult
 from fxmerge.passes.relax import RelaxPass
 from fxmerge.passes.score_importance import ScoreImportancePass, ScoreResult
 from fxmerge.passes.select_segments import SelectResult, SelectSegmentsPass
@@ -35,6 +36,8 @@ __all__ = [
     "ProfileLatencyPass",
     "ProfileResult",
     "RecognisePass",
+    "RefitPass",
+    "RefitResult",
     "RelaxPass",
     "ScoreImportancePass",
     "ScoreResult",

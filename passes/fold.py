@@ -20,7 +20,7 @@ changes nothing.
 
 from __future__ import annotations
 
-__all__ = ["CHECK_TOLERANCE", "FoldPass", "FoldResult", "fold_graph"]
+__all__ = ["CHECK_TOLERANCE", "FoldPass", "FoldResult", "fold_graph", "fold_segments"]
 
 import copy
 from collections.abc import Collection
@@ -87,7 +87,7 @@ def fold_graph(gm: fx.GraphModule) -> tuple[bool, tuple[Refusal, ...]]:
         UserError: a tagged segment no longer matches the graph, or holds weights that are no numbers.
         InternalError: a folded convolution is not what it replaces.
     """
-    tagged = _fold_tagged(gm)
+    tagged = fold_segments(gm)
     runs, refusals = exact_runs(gm)
     replaced: dict[fx.Node, fx.Node] = {}
     for run in runs:
@@ -99,7 +99,13 @@ def fold_graph(gm: fx.GraphModule) -> tuple[bool, tuple[Refusal, ...]]:
     return modified, refusals
 
 
-def _fold_tagged(gm: fx.GraphModule) -> bool:
+def fold_segments(gm: fx.GraphModule) -> bool:
+    """Fold the tagged segments alone, in place; whether there were any.
+
+    Raises:
+        UserError: a segment no longer matches the graph.
+        InternalError: a folded convolution is not what it replaces.
+    """
     segments = graph_meta(gm).pop("segments", [])
     nodes = by_id(gm)
     shared = shared_targets(gm)
@@ -146,6 +152,8 @@ def _install(
     with gm.graph.inserting_before(place):
         new = gm.graph.call_module(path, (source,))
         new.meta[META] = {**exit_.meta[META], "id": path, "made_of": _convolutions(gm, inside), "exit": node_id(exit_)}
+        if composed.sides:
+            new.meta[META]["sides"] = [node_id(value) for value in composed.sides]
         for value, matrix in composed.sides.items():
             new = insert_side(gm, new, value, matrix.to(weight), f"{path}_side")
     exit_.replace_all_uses_with(new)

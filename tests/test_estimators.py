@@ -20,13 +20,12 @@ from fxmerge.estimators import (
     Distortion,
     Estimator,
     Magnitude,
-    apply_candidates,
-    changed_nodes,
     distance,
     get_estimator,
 )
 from fxmerge.evaluate import evaluate, recorder
-from fxmerge.graph import by_id, clone
+from fxmerge.fitting import apply_candidates
+from fxmerge.graph import by_id, changed_nodes, clone
 from fxmerge.passes.enumerate_segments import enumerate_segments
 
 RELU = 1 - (1 / 4) / (1 / 2 - 1 / (2 * math.pi))
@@ -169,7 +168,7 @@ def test_distance_of_maps_is_relative_to_what_varies():
 
 def plain(gm, candidate, calibration):
     """The definition, with nothing remembered."""
-    relaxed = apply_candidates(gm, (candidate,), calibration)
+    relaxed, _ = apply_candidates(gm, (candidate,), calibration)
     return np.mean([distance(outputs_of(relaxed, batch), outputs_of(gm, batch)) for batch in calibration.held_out])
 
 
@@ -242,18 +241,18 @@ def test_written_values_are_not_remembered(calibration):
 
 def test_statistics_in_front_of_a_change_stay_to_the_bit(net, calibration):
     candidate = next(c for c in candidates_of(net) if c.kept == ("a.0", "b.0"))
-    relaxed = apply_candidates(net, (candidate,), calibration)
+    relaxed, _ = apply_candidates(net, (candidate,), calibration)
     kept = [name for name, _ in relaxed.named_buffers() if name.startswith("stem")]
     assert len(kept) == 3
     assert all(torch.equal(relaxed.get_buffer(name), net.get_buffer(name)) for name in kept)
     assert not torch.equal(relaxed.get_buffer("down.1.running_mean"), net.get_buffer("down.1.running_mean"))
-    untouched = apply_candidates(net, (candidate,), None)
+    untouched, _ = apply_candidates(net, (candidate,), None)
     assert torch.equal(untouched.get_buffer("down.1.running_mean"), net.get_buffer("down.1.running_mean"))
     assert "down.0" in {node.target for node in changed_nodes(net, relaxed)}
 
 
 def test_an_empty_plan_is_a_copy(net, calibration):
-    copied = apply_candidates(net, (), calibration)
+    copied, _ = apply_candidates(net, (), calibration)
     assert changed_nodes(net, copied) == set()
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in copied.state_dict().items())
 
@@ -265,6 +264,9 @@ def test_estimators_by_name(calibration):
     assert isinstance(get_estimator("auto", None), Magnitude)
     assert isinstance(get_estimator("auto", calibration), Distortion)
     assert isinstance(get_estimator("magnitude", calibration), Magnitude)
+    chosen = get_estimator("auto", calibration, "refit", "1MB")
+    assert (chosen.fit, chosen.memory) == ("refit", 10**6)
+    assert Distortion(calibration).fit == get_estimator("distortion", calibration).fit == "compose"
     own = Magnitude()
     assert get_estimator(own, None) is own
     assert isinstance(own, Estimator)

@@ -48,6 +48,7 @@ def report(*decisions, **changed):
         "candidates": {"merge": 2},
         "useful": 1,
         "refusals": {"gate": 1},
+        "fits": (),
         "decisions": decisions,
         "error": 0.0,
         "error_allowed": 1e-5,

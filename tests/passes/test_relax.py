@@ -34,8 +34,7 @@ import fxmerge.passes.relax
 from fxmerge.candidates import Candidate
 from fxmerge.checks import outputs_of, relative_error
 from fxmerge.errors import InternalError, PlanError
-from fxmerge.estimators import changed_nodes
-from fxmerge.graph import by_id, clone, convolutions, graph_meta, module_of, node_id
+from fxmerge.graph import by_id, changed_nodes, clone, convolutions, graph_meta, module_of, node_id
 from fxmerge.passes import RelaxPass
 
 TOLERANCE = 1e-10

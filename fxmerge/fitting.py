@@ -1,0 +1,128 @@
+"""The weights of a relaxed network: composed, or fitted to the original on calibration inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .calibration import Calibration, reestimate_batch_norms
+from .candidates import Candidate, Limits
+from .errors import UserError
+from .evaluate import evaluate
+from .graph import changed_nodes, clone, node_id
+
+if TYPE_CHECKING:
+    from .passes.refit import Known
+
+__all__ = ["FITS", "Refitted", "apply_candidates", "install", "resolve_fit"]
+
+FITS = ("auto", "compose", "refit")
+
+
+@dataclass(frozen=True, slots=True)
+class Refitted:
+    """What became of one merged convolution, or of the last linear layer, in a refit.
+
+    Errors are on held-out images, as shares of the target's variance: 0 is perfect, 1 no better than the mean.
+
+    Attributes:
+        name: of the convolution or layer.
+        error: of the weights that were installed.
+        composed_error: of the composed weights; of a linear layer the old ones.
+        rows_per_unknown: output pixels of the fitted images for each weight of an output channel.
+        fitted: whether the fitted weights were better.
+        reason: why nothing was fitted; empty where it was.
+    """
+
+    name: str
+    error: float = 0.0
+    composed_error: float = 0.0
+    rows_per_unknown: float = 0.0
+    fitted: bool = False
+    reason: str = ""
+
+
+def resolve_fit(fit: str, *, calibrated: bool) -> str:
+    """``auto`` is ``refit`` where there is calibration data, else ``compose``.
+
+    Raises:
+        UserError: an unknown name, or ``refit`` without calibration data.
+    """
+    if fit not in FITS:
+        raise UserError(f"unknown fit {fit!r}; the known ones are {', '.join(FITS)}")
+    if fit == "refit" and not calibrated:
+        raise UserError("fit='refit' fits weights on calibration inputs: pass calibration=...")
+    if fit == "auto":
+        return "refit" if calibrated else "compose"
+    return fit
+
+
+def apply_candidates(
+    gm: fx.GraphModule,
+    candidates: Collection[Candidate],
+    calibration: Calibration | None,
+    fit: str = "compose",
+    memory: int = 2**31,
+    limits: Limits | None = None,
+) -> tuple[fx.GraphModule, tuple[Refitted, ...]]:
+    """A relaxed copy with the weights that will be installed, and what was fitted.
+
+    Args:
+        gm: the canonical graph of the original.
+        candidates: what to apply.
+        calibration: images; None composes weights, and keeps batch-norm statistics.
+        fit: ``compose`` or ``refit``.
+        memory: bound on the moments of one fit, in bytes.
+        limits: what may change: the last linear layer is fitted only if they cover it; None for everything.
+    """
+    from .passes.refit import known_inputs
+    from .passes.relax import RelaxPass
+
+    relaxed: fx.GraphModule = RelaxPass(tuple(candidates))(clone(gm)).graph_module
+    if calibration is None or not candidates:
+        return relaxed, ()
+    images, held_out = known_inputs(gm, calibration.fit), known_inputs(gm, calibration.held_out)
+    output = next(iter(gm.graph.find_nodes(op="output")))
+    last = limits is None or all(limits.covers(node_id(node)) for node in output.all_input_nodes)
+    return relaxed, install(gm, relaxed, fit, images, held_out, memory, last=last)
+
+
+def install(
+    original: fx.GraphModule,
+    relaxed: fx.GraphModule,
+    fit: str,
+    images: Sequence[Known],
+    held_out: Sequence[Known],
+    memory: int,
+    *,
+    last: bool = True,
+) -> tuple[Refitted, ...]:
+    """Give a relaxed network its weights, in place; what was fitted.
+
+    ``compose`` re-estimates the statistics of the batch norms behind a change. ``refit`` fits every merged convolution
+    (:mod:`fxmerge.passes.refit`); where none can be fitted it does the same. Arguments as of
+    :func:`fxmerge.passes.refit.refit`.
+    """
+    from .passes.refit import refit
+
+    fits: tuple[Refitted, ...] = ()
+    if fit == "refit":
+        fits = refit(original, relaxed, images, held_out, memory, last=last)
+        if any(not each.reason for each in fits):
+            return fits
+    changed = changed_nodes(original, relaxed)
+    output = next(iter(relaxed.graph.find_nodes(op="output")))
+    known = [node for node in relaxed.graph.nodes if node not in changed]
+
+    def forward(values: Known) -> Any:
+        unchanged = {node: values[node_id(node)] for node in known if node_id(node) in values}
+        with torch.no_grad():
+            return pytree.tree_leaves(evaluate(relaxed, output, unchanged))
+
+    reestimate_batch_norms(relaxed, changed, images, forward)
+    return fits

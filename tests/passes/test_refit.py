@@ -1,0 +1,493 @@
+"""Refit: what is fitted to what, in which order, what is refused, and what it is worth on a trained network."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import (
+    SMALL,
+    Add,
+    candidates,
+    captured,
+    conv,
+    full_merge,
+    head,
+    images,
+    lively,
+    output_error,
+    random_plan,
+    relaxed,
+    residual,
+    small,
+    value_of,
+)
+from torch import nn
+
+import fxmerge
+from fxmerge.calibration import Calibration, read_calibration
+from fxmerge.checks import outputs_of
+from fxmerge.estimators import distance
+from fxmerge.graph import by_id, clone, convolutions, graph_meta, module_of, node_id
+from fxmerge.linear import conv_geometry
+from fxmerge.passes import RefitPass, RelaxPass
+from fxmerge.passes import refit as module
+from fxmerge.passes.fold import fold_segments
+from fxmerge.passes.refit import known_inputs, refit
+from fxmerge.regression import Moments, fit_convolution
+from fxmerge.result import merge_graph
+
+
+def calibration(gm, count=40, seed=3, dtype=torch.float64, shape=(3, 12, 12)):
+    x = images(count, *shape, seed=seed).to(dtype)
+    return read_calibration([x], None, gm, ((x[:2],), {}))
+
+
+def refitted(gm, *chosen, data=None, memory="2GiB"):
+    """A relaxed and refitted copy, and what was fitted."""
+    found = relaxed(gm, *chosen)
+    return found, RefitPass(gm, data or calibration(gm), memory)(found).fits
+
+
+def composed(gm, *chosen):
+    """The same with the weights that the segments compose to."""
+    found = relaxed(gm, *chosen)
+    fold_segments(found)
+    return found
+
+
+def fit_images(data):
+    return torch.cat([batch[0][0] for batch in data.fit])
+
+
+def weights_of(gm):
+    return {name: tensor.clone() for name, tensor in gm.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+# --- what is fitted ---------------------------------------------------------------------------------------------------
+
+
+def linear_chain():
+    inner = [conv(4, 5, act=False), conv(5, 5, p=0, act=False), conv(5, 6, 2, s=2, p=0, act=False), nn.ReLU()]
+    return nn.Sequential(conv(3, 4), *inner, head(6))
+
+
+def test_a_segment_that_is_linear_already_is_found_again(monkeypatch):
+    """By the regression alone, whatever the composed weights are: borders, batch norms, stride and bias included."""
+    x = images(2, 3, 12, 12)
+    gm = captured(lively(linear_chain()), x)
+    candidate = next(c for c in candidates(gm, max_kernel=9) if c.kept == ("1.0", "2.0", "3.0") and not c.removed)
+
+    def blind(fitted, held_out, weight, bias):
+        return fit_convolution(fitted, held_out, 0 * weight, 0 * bias, (1e-13,))
+
+    monkeypatch.setattr(module, "fit_convolution", blind)
+    found, fits = refitted(gm, candidate)
+    assert fits[0].fitted
+    assert fits[0].error < 1e-15
+    assert output_error(found, gm, x) < 1e-8
+    monkeypatch.setattr(module, "fit_convolution", functools.partial(fit_convolution, strengths=(1e3,)))
+    kept, fits = refitted(gm, candidate)
+    assert (fits[0].fitted, fits[0].error < 1e-15) == (False, True)  # nothing is better than what it composes to
+    assert output_error(kept, gm, x) < 1e-8
+
+
+def by_hand(gm, found, prior, name, data, *, skip=True, inputs=None):
+    """The fit of one convolution from values of two whole networks: ``found`` is what was refitted, or ``inputs``."""
+    node = by_id(found)[name]
+    norm = next(iter(node.users))
+    reader = next(iter(norm.users))
+    (source,) = node.all_input_nodes
+    segment_exit = by_id(gm)[node.meta["fxmerge"]["exit"]]
+    geometry = conv_geometry(module_of(found, node))
+    parts = []
+    for batches in (data.fit, data.held_out):
+        moments = Moments(geometry)
+        for (x,), _ in batches:
+            target = value_of(gm, segment_exit, x)
+            if skip:
+                other = next(each for each in reader.all_input_nodes if each is not norm)
+                target = value_of(gm, by_id(gm)[node_id(reader)], x) - value_of(found, other, x)
+            network = inputs or found
+            moments.add(value_of(network, by_id(network)[node_id(source)], x), target)
+        parts.append(moments)
+    start = module_of(prior, by_id(prior)[name])
+    return fit_convolution(*parts, start.weight, start.bias)
+
+
+def two_merges():
+    """A network, a merge in front, and one inside a residual block whose skip the first one changes."""
+    stem = nn.Sequential(conv(3, 4), conv(4, 4))
+    gm = captured(lively(nn.Sequential(stem, residual(4, 4), head(4))), images(2, 3, 12, 12))
+    return gm, [merge_to(gm, "0.1.1", 2), merge_to(gm, "1.0.left.1.1", 2)]
+
+
+def merge_to(gm, exit_, count):
+    """The merge that ends there and keeps so many convolutions, all of its own."""
+    return next(c for c in candidates(gm) if c.exit == exit_ and len(c.kept) == count and not c.bypassed)
+
+
+def test_the_target_makes_good_what_went_wrong_in_the_skip():
+    gm, chosen = two_merges()
+    data = calibration(gm)
+    found, fits = refitted(gm, *chosen, data=data)
+    name = "1.0.left.0.0"
+    assert [each.name for each in fits] == ["0.0.0", name, "2.2"]
+    installed = module_of(found, by_id(found)[name])
+    expected = by_hand(gm, found, composed(gm, *chosen), name, data)
+    torch.testing.assert_close(installed.weight.detach(), expected.weight, rtol=0, atol=1e-10)
+    torch.testing.assert_close(installed.bias.detach(), expected.bias, rtol=0, atol=1e-10)
+    assert fits[1].error == pytest.approx(expected.error, rel=1e-8)
+    without = by_hand(gm, found, composed(gm, *chosen), name, data, skip=False)
+    assert (installed.weight - without.weight).abs().max() > 1e-3
+
+
+def test_the_input_is_what_the_compressed_network_in_front_gives():
+    gm, chosen = two_merges()
+    data = calibration(gm)
+    found, _ = refitted(gm, *chosen, data=data)
+    name = "1.0.left.0.0"
+    from_original = by_hand(gm, found, composed(gm, *chosen), name, data, inputs=gm)
+    unfitted = by_hand(gm, found, composed(gm, *chosen), name, data, inputs=composed(gm, *chosen))
+    installed = module_of(found, by_id(found)[name]).weight
+    assert (installed - from_original.weight).abs().max() > 1e-3
+    assert (installed - unfitted.weight).abs().max() > 1e-3
+
+
+def test_of_two_segments_that_are_added_the_later_one_makes_good():
+    both = Add(*(nn.Sequential(conv(4, 4), conv(4, 4, act=False)) for _ in range(2)))
+    gm = captured(lively(nn.Sequential(conv(3, 4), both, nn.ReLU(), head(4))), images(2, 3, 12, 12))
+    chosen = [merge_to(gm, f"1.{side}.1.1", 2) for side in ("right", "left")]
+    data = calibration(gm)
+    found, fits = refitted(gm, *chosen, data=data)
+    assert {each.name for each in fits[:2]} == {"1.right.0.0", "1.left.0.0"}
+    for name, skip in ((fits[0].name, False), (fits[1].name, True)):
+        installed = module_of(found, by_id(found)[name]).weight.detach()
+        right, wrong = (by_hand(gm, found, composed(gm, *chosen), name, data, skip=s) for s in (skip, not skip))
+        torch.testing.assert_close(installed, right.weight, rtol=0, atol=1e-10)
+        assert (installed - wrong.weight).abs().max() > 1e-3
+
+
+class Broadcast(nn.Module):
+    """A gate of one pixel that is added to a whole map: its sum is no target for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pooled = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.wide, self.last = conv(3, 4), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        return self.last(F.relu(self.pooled(x.mean((2, 3), keepdim=True)) + self.wide(x)))
+
+
+def test_a_sum_of_another_shape_is_no_target():
+    gm = captured(lively(Broadcast()), images(2, 3, 12, 12))
+    candidate = next(c for c in candidates(gm) if c.kept == ("pooled.0", "pooled.2"))
+    _, fits = refitted(gm, candidate)
+    assert fits[0].error < 0.1 * fits[0].composed_error
+
+
+# --- the batch norm behind --------------------------------------------------------------------------------------------
+
+
+def test_the_norm_behind_changes_nothing_and_is_folded_away():
+    gm, x = small("residual")
+    found, fits = refitted(gm, full_merge(gm))
+    name = fits[0].name
+    nodes = by_id(found)
+    node, norm = nodes[name], nodes[f"{name}_norm"]
+    fresh = images(8, 3, 12, 12, seed=9)
+    inside, behind = value_of(found, node, fresh), value_of(found, norm, fresh)
+    torch.testing.assert_close(behind, inside, rtol=0, atol=1e-10)
+    layer = module_of(found, norm)
+    assert (layer.weight - 1).abs().max() > 0.01  # it has something to undo
+    merged = merge_graph(found)
+    kinds = Counter(type(each).__name__ for each in merged.modules())
+    assert kinds["BatchNorm2d"] == 0
+    assert kinds["Conv2d"] == sum(1 for _ in convolutions(merge_graph(composed(gm, full_merge(gm)))))
+    assert output_error(merged, found, x) < 1e-10
+    layer.bias.data += 0.1
+    assert output_error(merged, found, x) > 1e-3
+
+
+def test_train_mode_starts_from_the_statistics_of_the_images():
+    gm, _ = small("chain")
+    data = calibration(gm)
+    found, fits = refitted(gm, full_merge(gm), data=data)
+    name = fits[0].name
+    node, layer = by_id(found)[name], copy.deepcopy(found.get_submodule(f"{name}_norm"))
+    inside = value_of(found, node, fit_images(data))
+    torch.testing.assert_close(layer.running_mean, inside.mean((0, 2, 3)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.running_var, inside.var((0, 2, 3), correction=0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(layer.train()(inside), inside, rtol=0, atol=1e-8)
+
+
+def test_a_name_that_is_taken_is_left_alone():
+    class Taken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+            self.conv_norm, self.pool = nn.Conv2d(4, 5, 1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+        def forward(self, x):
+            return self.pool(self.conv_norm(F.relu(self.second(F.relu(self.conv(x))))))
+
+    x = images(2, 3, 12, 12)
+    gm = captured(lively(Taken()), x)
+    found, _ = refitted(gm, next(c for c in candidates(gm) if c.kept == ("conv", "second")))
+    assert isinstance(found.conv_norm, nn.Conv2d)
+    assert torch.equal(found.conv_norm.weight, gm.conv_norm.weight)
+    assert isinstance(found.conv_norm_1, nn.BatchNorm2d)
+    assert output_error(merge_graph(found), found, x) < 1e-10
+
+
+def test_the_norm_has_as_many_axes_as_the_convolution():
+    for dims, layer, norm in ((1, nn.Conv1d, nn.BatchNorm1d), (3, nn.Conv3d, nn.BatchNorm3d)):
+        size = (9,) * dims
+        model = nn.Sequential(layer(3, 4, 3, padding=1), nn.ReLU(), layer(4, 4, 3, stride=2), nn.ReLU(), layer(4, 2, 1))
+        gm = captured(lively(model), images(2, 3, *size))
+        data = calibration(gm, shape=(3, *size))
+        found, fits = refitted(gm, next(c for c in candidates(gm) if c.kept == ("0", "2")), data=data)
+        assert isinstance(found.get_submodule("0_norm"), norm)
+        assert fits[0].error < fits[0].composed_error
+
+
+# --- the last linear layer --------------------------------------------------------------------------------------------
+
+
+def test_the_last_linear_layer_is_fitted_to_the_originals_outputs():
+    gm, _ = small("chain")
+    data = calibration(gm, 60)
+    found, fits = refitted(gm, full_merge(gm), data=data)
+    assert [each.name for each in fits[1:]] == ["4.2"]
+    node = by_id(found)["4.2"]
+    (source,) = node.all_input_nodes
+    geometry = conv_geometry(nn.Conv1d(6, 5, 1))
+    parts = []
+    for batches in (data.fit, data.held_out):
+        parts.append(Moments(geometry))
+        for (x,), _ in batches:
+            parts[-1].add(value_of(found, source, x)[..., None], outputs_of(gm, ((x,), {}))[0][..., None])
+    old = gm.get_submodule("4.2")
+    expected = fit_convolution(*parts, old.weight[..., None], old.bias)
+    installed = found.get_submodule("4.2")
+    torch.testing.assert_close(installed.weight.detach(), expected.weight[..., 0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(installed.bias.detach(), expected.bias, rtol=0, atol=1e-10)
+    assert fits[1].error < fits[1].composed_error
+    assert not torch.equal(installed.weight, old.weight)
+
+
+def test_a_last_layer_that_is_called_twice_or_not_alone_is_left():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Sequential(conv(3, 4), conv(4, 4)), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(F.relu(self.fc(self.body(x).mean((2, 3)))))
+
+    class Two(Twice):
+        def forward(self, x):
+            y = self.body(x)
+            return self.fc(y.mean((2, 3))), y
+
+    for model in (Twice(), Two()):
+        gm = captured(lively(model), images(2, 3, 12, 12))
+        found, fits = refitted(gm, full_merge(gm))
+        assert [each.name for each in fits] == ["body.0.0"]
+        assert torch.equal(found.fc.weight, gm.fc.weight)
+
+
+def test_last_false_leaves_the_last_layer():
+    gm, _ = small("chain")
+    data = calibration(gm)
+    found = relaxed(gm, full_merge(gm))
+    fits = refit(gm, found, known_inputs(gm, data.fit), known_inputs(gm, data.held_out), last=False)
+    assert [each.name for each in fits] == ["0.0"]
+    assert torch.equal(found.get_submodule("4.2").weight, gm.get_submodule("4.2").weight)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def keeps_composed(gm, chosen, data, memory="2GiB"):
+    """The reason, after a check that the weights are those of the fold, bit by bit, without a norm behind."""
+    found, fits = refitted(gm, chosen, data=data, memory=memory)
+    first = fits[0]
+    prior = composed(gm, chosen).get_submodule(first.name)
+    assert torch.equal(found.get_submodule(first.name).weight, prior.weight)
+    assert torch.equal(found.get_submodule(first.name).bias, prior.bias)
+    assert f"{first.name}_norm" not in dict(found.named_modules())
+    assert (first.fitted, first.error) == (False, 0.0)
+    return first.reason
+
+
+def test_a_norm_that_returns_behind_the_segment():
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+    gm = captured(lively(nn.Sequential(*layers, nn.ReLU(), head(4))), images(2, 3, 12, 12))
+    candidate = next(c for c in candidates(gm) if c.norm)
+    assert keeps_composed(gm, candidate, calibration(gm)) == f"the norm {candidate.norm!r} stands behind it"
+
+
+def test_an_activation_that_was_put_behind_it():
+    model = nn.Sequential(conv(3, 4), conv(4, 4, act=False), nn.AvgPool2d(2), head(4))
+    gm = captured(lively(model), images(2, 3, 12, 12))
+    candidate = next(c for c in candidates(gm, exit_activation=True) if c.activation)
+    assert keeps_composed(gm, candidate, calibration(gm)) == "an activation was put behind it"
+
+
+def test_a_side_input_that_passes_through_it():
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.time, self.second = conv(3, 4, act=False), nn.Linear(1, 4), conv(4, 4)
+
+        def forward(self, x, t):
+            return self.second(F.silu(self.first(x) + self.time(t)[:, :, None, None])).mean((2, 3))
+
+    x = images(2, 3, 12, 12), images(2, 1, seed=2)
+    gm = clone(fxmerge.capture(lively(Embedded()), x)).eval()
+    data = read_calibration([(images(20, 3, 12, 12, seed=4), images(20, 1, seed=5))], None, gm, (x, {}))
+    assert keeps_composed(gm, full_merge(gm), data) == "a side input passes through it"
+
+
+def test_moments_that_do_not_fit_into_memory():
+    gm, _ = small("chain")
+    reason = keeps_composed(gm, full_merge(gm), calibration(gm), 1000)
+    assert reason == "its moments take 0.0 GiB, more than memory allows"
+    _, fits = refitted(gm, full_merge(gm), memory=1000)
+    assert len(fits) == 1  # nor do those of the last layer
+    _, fits = refitted(gm, full_merge(gm), memory="1MB")
+    assert [each.reason for each in fits] == ["", ""]
+
+
+# --- the pass ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_original_and_the_images_stay_to_the_bit(training):
+    """Also one in train mode, whose batch norms would learn from every forward pass."""
+    model = lively(SMALL["residual"]()).train(training)
+    gm = clone(fxmerge.capture(model, images(2, 3, 12, 12)))
+    data = calibration(gm)
+    before, inputs = weights_of(gm), fit_images(data).clone()
+    found, fits = refitted(gm, full_merge(gm), data=data)
+    assert fits[0].fitted
+    assert same(weights_of(gm), before)
+    assert torch.equal(fit_images(data), inputs)
+    assert {each.training for each in gm.modules()} == {each.training for each in found.modules()} == {training}
+    with torch.no_grad():
+        for tensor in (*found.parameters(), *found.buffers()):
+            tensor.zero_()
+    assert same(weights_of(gm), before)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_any_plan_is_refitted_to_the_network_that_it_composes_to(name):
+    """The same convolutions when merged, so that a latency measured with composed weights holds; and twice the same."""
+    gm, x = small(name)
+    data = calibration(gm, 20)
+
+    def merged_geometries(network):
+        return sorted(str(conv_geometry(layer)) for _, layer in convolutions(merge_graph(network)))
+
+    for seed in range(3):
+        plan = random_plan(gm, seed)
+        (found, fits), (again, same_fits) = (refitted(gm, *plan, data=data) for _ in range(2))
+        assert same(weights_of(found), weights_of(again))
+        assert fits == same_fits
+        assert len(fits) == sum(each.kind == "merge" for each in plan) + 1
+        assert merged_geometries(found) == merged_geometries(relaxed(gm, *plan))
+        assert output_error(merge_graph(found), found, x) < 1e-9
+        assert "segments" not in graph_meta(found)
+
+
+def test_without_merged_segments_nothing_is_fitted():
+    gm, _ = small("residual")
+    for chosen in ((), candidates(gm, "bypass")[:1], candidates(gm, "drop")[:1]):
+        found = RelaxPass(tuple(chosen))(clone(gm)).graph_module
+        before = weights_of(found)
+        outcome = RefitPass(gm, calibration(gm))(found)
+        assert (outcome.modified, outcome.fits) == (False, ())
+        assert same(weights_of(found), before)
+
+
+def test_a_bfloat16_network_is_fitted_as_well_as_its_numbers_allow():
+    double, _ = small("residual")
+    model = lively(SMALL["residual"]()).to(torch.bfloat16)
+    gm = captured(model, images(2, 3, 12, 12).bfloat16())
+    data = calibration(gm, dtype=torch.bfloat16)
+    found, fits = refitted(gm, full_merge(gm), data=data)
+    assert {tensor.dtype for tensor in found.parameters()} == {torch.bfloat16}
+    _, exact = refitted(double, full_merge(double))
+    assert fits[0].error == pytest.approx(exact[0].error, rel=0.05)
+    fresh = ((images(20, 3, 12, 12, seed=9).bfloat16(),), {})
+    reference = outputs_of(gm, fresh)
+    plain = distance(outputs_of(composed(gm, full_merge(gm)), fresh), reference)
+    assert distance(outputs_of(found, fresh), reference) < plain / 3
+
+
+# --- a trained network ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A small ResNet, trained for seconds on scikit-learn's digits of 8x8 pixels."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(y)
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(1, 8), residual(8, 8), residual(8, 16, s=2), residual(16, 16), head(16))
+    model[-1][-1] = nn.Linear(16, 10)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(4):
+        for rows in torch.randperm(1200).split(100):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    gm = captured(model.eval(), x[:2])
+    data = read_calibration([x[:300]], None, gm, ((x[:2],), {}))
+    with torch.no_grad():
+        correct = float((model(x[1200:]).argmax(1) == y[1200:]).double().mean())
+    return SimpleNamespace(model=model, gm=gm, data=data, fresh=((x[1200:],), {}), labels=y[1200:], correct=correct)
+
+
+def test_refitted_weights_are_far_better_on_fresh_images(digits):
+    from fxmerge.fitting import apply_candidates
+
+    assert digits.correct > 0.9
+    reference = outputs_of(digits.gm, digits.fresh)
+    found = {"compose": [], "refit": []}
+    for candidate in candidates(digits.gm)[::3]:
+        for fit, distances in found.items():
+            network, _ = apply_candidates(digits.gm, (candidate,), digits.data, fit)
+            distances.append(distance(outputs_of(network.eval(), digits.fresh), reference))
+    better = np.mean([a < b for a, b in zip(found["refit"], found["compose"], strict=True)])
+    assert len(found["refit"]) >= 10
+    assert better > 0.9
+    assert np.mean(found["refit"]) < np.mean(found["compose"]) / 2
+
+
+def test_every_fit_is_no_worse_than_composed_on_the_held_out_images(digits):
+    for seed in range(3):
+        for each in refitted(digits.gm, *random_plan(digits.gm, seed), data=digits.data)[1]:
+            assert each.error <= each.composed_error
+            assert each.fitted == (each.error < each.composed_error)
+
+
+def test_one_batch_that_cannot_be_split_serves_as_both():
+    gm, x = small("chain")
+    batch = ((x,), {})
+    _, fits = refitted(gm, full_merge(gm), data=Calibration((batch,), (batch,), 2, truncated=False))
+    assert fits[0].error < fits[0].composed_error

@@ -412,8 +412,9 @@ def compress(
         example_input: a tensor, a tuple (positional inputs) or a dict (keyword inputs): traces, times and checks; calibrates
             nothing. Its batch is the batch that is timed, unless ``batch`` is given.
         budget: a share of the original's end-to-end latency (0.6, "60%"), or an amount ("8ms"; "1.2GMACs" with ``macs``). Kept in
-            the measured latency of the merged network.
-        runtime: "auto", "onnxruntime" (CPU), "macs" (counted), or a :class:`~fxmerge.runtimes.Runtime`.
+            the measured latency of the merged network, up to what two timings of it differ by, and at most 2 %.
+        runtime: "auto", a name with options as :func:`fxmerge.runtimes.get_runtime` takes it ("onnxruntime:threads=1",
+            "torch", "macs": counted), or a :class:`~fxmerge.runtimes.Runtime`.
         calibration: iterable of inputs, read once, cached up to ``memory``; feeds statistics and importance. No labels.
         inputs: how to take the model's inputs out of a batch, such as ``lambda batch: batch[0]``; never guessed.
         importance: "distortion" (default with calibration), "magnitude" (default without), or an

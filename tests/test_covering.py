@@ -21,8 +21,8 @@ from torch import fx, nn
 from fxmerge.candidates import Candidate, Enumeration, Limits
 from fxmerge.capture import capture
 from fxmerge.covering import Skeleton, cover, skeleton
-from fxmerge.estimators import apply_candidates
 from fxmerge.exporters import onnx_bytes
+from fxmerge.fitting import apply_candidates
 from fxmerge.graph import between, by_id, clone, node_id
 from fxmerge.passes import LatencyTable
 from fxmerge.passes.enumerate_segments import enumerate_segments
@@ -106,7 +106,7 @@ class Case:
 
     def built(self, *plan):
         """The deployed network of a plan, as fxmerge itself makes it."""
-        return merge_graph(apply_candidates(self.gm, plan, None))
+        return merge_graph(apply_candidates(self.gm, plan, None)[0])
 
     def predicted(self, *plan):
         return self.table.end_to_end(self.table.total(plan))

@@ -3,8 +3,8 @@
 A layer alone is not the layer in a network: on ONNX Runtime's CPU provider up to half of a depthwise convolution alone
 is the change of layout around it, and in a network an addition and an activation run inside of it. So a few rewrites
 of the network itself are profiled, operator by operator, which together hold every distinct candidate. The smallest
-time over all sweeps and all networks counts; one scale, from the original's end-to-end latency, does the rest
-(:mod:`fxmerge.passes.profile_latency`).
+time of an operator over all sweeps counts, on average over the operators of a network that are alike; one scale, from
+the original's end-to-end latency, does the rest (:mod:`fxmerge.passes.profile_latency`).
 
 The rewrites are made on the ONNX graph, which takes milliseconds: the original is exported once, its nodes named after the
 operations of the canonical graph that they come from, and a candidate replaces what stands between two values by one
@@ -18,6 +18,7 @@ import logging
 import math
 import random
 import re
+import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,8 @@ _log = logging.getLogger("fxmerge")
 _SWEEPS = 2
 _MOST_SWEEPS = 6
 _AGREEMENT = 0.02
-_TOGETHER = 8
-"""Networks whose sweeps alternate; more would only hold more memory."""
+_TOGETHER = 7
+"""Networks whose sweeps alternate with each other and the original; more would only hold more memory."""
 _TOKEN = re.compile(r"fxm(\d+)_")
 
 
@@ -318,10 +319,14 @@ def measure_inside(
     operations: Mapping[str, Signature],
     wanted: Mapping[Candidate, Signature],
     layout: Signature,
+    known: Mapping[Signature, float],
     on_result: Callable[[Signature, float], None],
     advance: Callable[[int, int], None],
 ) -> None:
-    """Profile the original and its covering networks, and hand over the smallest time of every signature.
+    """Profile the original and its covering networks, and hand over the time that every signature takes in the original.
+
+    The original runs in turns with every group of networks: what it takes each time corrects for a machine that changes its
+    speed.
 
     Args:
         runtime: which profiles.
@@ -330,29 +335,68 @@ def measure_inside(
         operations: id of an operation of the original -> its signature.
         wanted: merges to measure, that the skeleton holds -> signature.
         layout: the signature of what the runtime adds to the original of its own.
-        on_result: called with each signature and its milliseconds after every group of networks, again where a later group
-            found less.
+        known: what the original's operations take in the table so far; empty takes it from here.
+        on_result: called with each signature and its milliseconds after every group of networks, and again with the
+            corrected ones.
         advance: called with (sweeps done, sweeps in all).
     """
-    networks = [(), *cover(gm, wanted)]
-    known: dict[Signature, float] = {}
-    total, done = len(networks) * _SWEEPS, 0
-    for start in range(0, len(networks), _TOGETHER):
-        group = [
+    networks = list(cover(gm, wanted))
+    runs: list[_Run] = []
+    groups = [networks[start : start + _TOGETHER] for start in range(0, len(networks), _TOGETHER)] or [[]]
+    total, done = (len(networks) + len(groups)) * _SWEEPS, 0
+    for group in groups:
+        built = [
             (chosen, model, profile)
-            for chosen in networks[start : start + _TOGETHER]
+            for chosen in ((), *group)
             for model in [found.rewritten(gm, chosen)]
             if (profile := _profile(runtime, model, found.feeds, chosen)) is not None
         ]
-        for _ in _swept([profile for _, _, profile in group]):
+        for _ in _swept([profile for _, _, profile in built]):
             done += 1
             total = max(total, done)
             advance(done, total)
-        for chosen, model, profile in group:
-            for signature, latency in _read(profile, model, found, gm, operations, wanted, chosen, layout).items():
-                if latency < known.get(signature, math.inf):
-                    known[signature] = latency
-                    on_result(signature, latency)
+        original: _Run | None = None
+        for chosen, model, profile in built:
+            there = _signatures(found, operations, wanted, chosen, gm)
+            run = _Run((layout, *there.values()), _read(profile, model, there, layout), original)
+            original = original or run
+            runs.append(run)
+            for signature, latency in run.own.items():
+                on_result(signature, latency)
+    known = known or runs[0].latencies
+    best: dict[Signature, float] = {}
+    for run in runs:
+        factor = (run.original or run).correction(known)
+        for signature, latency in run.own.items():
+            best[signature] = min(factor * latency, best.get(signature, math.inf))
+    for signature, latency in best.items():
+        on_result(signature, latency)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a network's operations took.
+
+    Attributes:
+        signatures: of all its operations, repetitions included.
+        latencies: what each took.
+        original: the original in the same turns; None if this is it.
+    """
+
+    signatures: tuple[Signature, ...]
+    latencies: Mapping[Signature, float]
+    original: _Run | None
+
+    @property
+    def own(self) -> dict[Signature, float]:
+        """What the original does not have; of the original everything."""
+        elsewhere = {} if self.original is None else self.original.latencies
+        return {signature: latency for signature, latency in self.latencies.items() if signature not in elsewhere}
+
+    def correction(self, known: Mapping[Signature, float]) -> float:
+        """What the operations took at another time, as a multiple of what they took here."""
+        both = [each for each in self.signatures if each in known and each in self.latencies]
+        return sum(known[each] for each in both) / sum(self.latencies[each] for each in both)
 
 
 def _profile(
@@ -369,25 +413,20 @@ def _profile(
 
 
 def _read(
-    profile: Profile,
-    model: onnx.ModelProto,
-    found: Skeleton,
-    gm: fx.GraphModule,
-    operations: Mapping[str, Signature],
-    wanted: Mapping[Candidate, Signature],
-    chosen: Sequence[Candidate],
-    layout: Signature,
+    profile: Profile, model: onnx.ModelProto, there: Mapping[int, Signature], layout: Signature
 ) -> dict[Signature, float]:
-    """The smallest time of every signature in one network."""
-    there = _signatures(found, operations, wanted, chosen, gm)
+    """The time of every signature in one network, on average over the operations that have it, and of the layout.
+
+    Not the smallest of them: what occurs often would look quicker than what occurs once.
+    """
     layers = {number for number, signature in there.items() if isinstance(signature, LayerSignature)}
     times, rest = _by_operation(profile.latencies(), model, layers)
-    best: dict[Signature, float] = {} if chosen else {layout: rest}
+    each: dict[Signature, list[float]] = {layout: [rest]}
     for number, signature in there.items():
         # What runs inside of a layer costs nothing of its own; a layer itself always takes time.
         if number in times or number not in layers:
-            best[signature] = min(best.get(signature, math.inf), times.get(number, 0.0))
-    return best
+            each.setdefault(signature, []).append(times.get(number, 0.0))
+    return {signature: statistics.fmean(latencies) for signature, latencies in each.items()}
 
 
 def _swept(profiles: Sequence[Profile]) -> Iterator[None]:

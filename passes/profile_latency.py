@@ -200,6 +200,8 @@ def profile_latency(
     hopeful = _hopeful(merged, {c: sum(table[name] for name in inside[c]) for c in merged}, latencies)
     with progress(f"Measuring candidates on {runtime.name}") as bar:
         unknown = [signature for signature in hopeful.values() if signature not in latencies]
+        if inside_networks is not None:
+            inside_networks.known = latencies
         latencies |= measured(runtime, unknown, store, bar.advance_to, inside_networks)
     total, rest = _total(table, together), sum(latencies[signature] for signature in layout)
     counted = runtime.deterministic
@@ -277,7 +279,9 @@ class _Inside:
         self.gm = gm
         self.deployed = deployed
         self.merged = merged
-        self.layout = OpSignature("layout " + _fingerprint(deployed.graph_module), (), batch)
+        name = _fingerprint(deployed.graph_module)
+        self.layout = OpSignature(f"layout {name}", (), batch)  # what the runtime adds of its own
+        self.known: Mapping[Signature, float] = {}
         self.skeleton: Skeleton | None = None
         names = {names[0]: signature for names, signature in folded.items()}
         self.operations: dict[str, Signature] = {**kept, **around, **names}
@@ -296,7 +300,7 @@ class _Inside:
             self.skeleton = skeleton(self.deployed.graph_module, self.deployed.args, self.deployed.kwargs)
         found = self.skeleton
         wanted = {c: s for c, s in self.merged.items() if s in missing and found.holds(self.gm, c)}
-        measure_inside(runtime, self.gm, found, self.operations, wanted, self.layout, on_result, advance)
+        measure_inside(runtime, self.gm, found, self.operations, wanted, self.layout, self.known, on_result, advance)
 
 
 def layer_signatures(

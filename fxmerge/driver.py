@@ -419,9 +419,9 @@ def compress(
         inputs: how to take the model's inputs out of a batch, such as ``lambda batch: batch[0]``; never guessed.
         importance: "distortion" (default with calibration), "magnitude" (default without), or an
             :class:`~fxmerge.estimators.Estimator`.
-        fit: "compose" (default): merged weights are composed, as in the paper, and batch-norm statistics re-estimated where
-            there is calibration data. "refit": merged convolutions are fitted to the original on the calibration inputs, in
-            closed form; loses far less, and scoring the candidates takes minutes.
+        fit: "refit" (default with calibration): merged convolutions are fitted to the original on the calibration inputs, in
+            closed form. "compose" (default without): merged weights are composed, as in the paper, and batch-norm statistics
+            re-estimated where there is calibration data.
         method: "layermerge", or the paper's baselines "depth" (no convolution goes) and "layer" (nothing merges).
         levels: use the paper's Algorithm 1 with that many latency levels instead of the exact frontier.
         options: those of :func:`frontier`: include, exclude, batch, max_span, max_kernel, exit_activation, max_points, memory,

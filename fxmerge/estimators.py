@@ -34,6 +34,7 @@ from .graph import (
     module_of,
     node_id,
     shape_of,
+    written_in_place,
 )
 from .linear import NORMS, conv_geometry, is_constant
 from .regions import JOINS
@@ -58,8 +59,11 @@ class Estimator(Protocol):
         """What it is called in progress and reports."""
         ...
 
-    def prepare(self, gm: fx.GraphModule) -> Callable[[Candidate], float]:
-        """Do once what all candidates of a network share; the result scores one candidate."""
+    def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate]) -> Callable[[Candidate], float]:
+        """Do once what the candidates of a network share; the result scores one of them.
+
+        Those with the same entry are asked for one after the other.
+        """
         ...
 
 
@@ -79,7 +83,11 @@ class Magnitude:
 
     name = "magnitude"
 
-    def prepare(self, gm: fx.GraphModule) -> Callable[[Candidate], float]:
+    def prepare(
+        self,
+        gm: fx.GraphModule,
+        candidates: Sequence[Candidate] = (),  # noqa: ARG002 - of the interface
+    ) -> Callable[[Candidate], float]:
         """Compute the loss of every operation once."""
         nodes = by_id(gm)
         norms = {name for name, node in nodes.items() if _is_norm(gm, node)}
@@ -185,8 +193,9 @@ class Distortion:
         self.memory = parse_memory(memory)
         self.fit = fit
 
-    def prepare(self, gm: fx.GraphModule) -> Callable[[Candidate], float]:
-        """Run the original once."""
+    def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:
+        """Run the original once; with ``refit``, merges that start at one value are fitted together when the first is asked for."""
+        from .passes.refit import refit_alone
         from .passes.relax import RelaxPass
 
         remembered = _worth_remembering(gm, self.calibration.images, self.memory)
@@ -194,20 +203,37 @@ class Distortion:
             run = recorder(gm, remembered)
             fit = [_by_id(run(batch)[1]) for batch in self.calibration.fit]
             held_out = [(_by_id(values), outputs) for outputs, values in map(run, self.calibration.held_out)]
+        held_out_values = [values for values, _ in held_out]
+        starts: dict[str, list[Candidate]] = {}
+        for candidate in candidates:
+            if self.fit == "refit" and candidate.kind == "merge":
+                starts.setdefault(candidate.entry, []).append(candidate)
+        fitted: dict[Candidate, fx.GraphModule] = {}
+        latest = ""
 
-        def score(candidate: Candidate) -> float:
-            relaxed = RelaxPass((candidate,))(clone(gm, share_parameters=True)).graph_module.eval()
-            held_out_values = [values for values, _ in held_out]
+        def network(candidate: Candidate) -> fx.GraphModule:
+            nonlocal fitted, latest
+            if candidate in starts.get(candidate.entry, ()) and candidate.entry != latest:
+                fitted.clear()  # before the next are made: they hold much
+                fitted = refit_alone(gm, starts[candidate.entry], fit, held_out_values, self.memory)
+                latest = candidate.entry
+            if candidate in fitted:
+                return fitted[candidate]
+            relaxed: fx.GraphModule = RelaxPass((candidate,))(clone(gm, share_parameters=True)).graph_module.eval()
             # The last layer is fitted once, to the whole plan.
             install(gm, relaxed, self.fit, fit, held_out_values, self.memory, last=False)
-            changed = changed_nodes(gm, relaxed)
-            known = [node for node in relaxed.graph.nodes if node not in changed and node_id(node) in fit[0]]
-            output = next(iter(relaxed.graph.find_nodes(op="output")))
+            return relaxed
+
+        def score(candidate: Candidate) -> float:
+            found = network(candidate)
+            changed = changed_nodes(gm, found)
+            known = [node for node in found.graph.nodes if node not in changed and node_id(node) in fit[0]]
+            output = next(iter(found.graph.find_nodes(op="output")))
             losses = []
             for values, outputs in held_out:
                 unchanged = {node: values[node_id(node)] for node in known}
                 with torch.no_grad():
-                    losses.append(distance(_floats(evaluate(relaxed, output, unchanged)), outputs))
+                    losses.append(distance(_floats(evaluate(found, output, unchanged)), outputs))
             return float(np.mean(losses))
 
         return score
@@ -219,7 +245,7 @@ def _worth_remembering(gm: fx.GraphModule, images: int, memory: int) -> list[fx.
     Later values save more and are smaller. Where something is written in place no value is safe but the inputs.
     """
     inputs = list(gm.graph.find_nodes(op="placeholder"))
-    if any(node.meta.get(META, {}).get("opaque") for node in gm.graph.nodes):
+    if written_in_place(gm):
         return inputs
     chosen: list[fx.Node] = []
     for node in reversed(gm.graph.nodes):

@@ -48,7 +48,7 @@ class Refitted:
 
 
 def resolve_fit(fit: str, *, calibrated: bool) -> str:
-    """``auto`` is ``compose``: refitting every candidate to score it takes minutes so far.
+    """``auto`` is ``refit`` where there is calibration data, else ``compose``.
 
     Raises:
         UserError: an unknown name, or ``refit`` without calibration data.
@@ -57,7 +57,9 @@ def resolve_fit(fit: str, *, calibrated: bool) -> str:
         raise UserError(f"unknown fit {fit!r}; the known ones are {', '.join(FITS)}")
     if fit == "refit" and not calibrated:
         raise UserError("fit='refit' fits weights on calibration inputs: pass calibration=...")
-    return "compose" if fit == "auto" else fit
+    if fit == "auto":
+        return "refit" if calibrated else "compose"
+    return fit
 
 
 def apply_candidates(

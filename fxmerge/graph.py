@@ -48,6 +48,7 @@ __all__ = [
     "shared_targets",
     "structure",
     "sweep",
+    "written_in_place",
 ]
 
 META = "fxmerge"
@@ -127,6 +128,11 @@ def between(entry: fx.Node, exit_: fx.Node) -> set[fx.Node]:
         if any(source is entry or source in inside for source in node.all_input_nodes) and not _is_number(node):
             inside.add(node)
     return inside
+
+
+def written_in_place(gm: fx.GraphModule) -> bool:
+    """Whether some value is overwritten while others may still read it: then none but the inputs can be kept."""
+    return any(node.meta.get(META, {}).get("opaque") for node in gm.graph.nodes)
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -1,15 +1,24 @@
-"""Fitting a convolution to what it should give: ridge regression on the patches of its input, in closed form.
+"""Fitting convolutions to what they should give: ridge regression on the patches of their input, in closed form.
 
-Only second moments are kept: for the patches P of all images (a column for every weight of a group, and one of ones for
-the bias) and the targets T the matrices P'P, P'T and T'T, in float64. Everything else follows from them: the solution for
-any ridge strength, and its error, on the images that were fitted as well as on those that were held out.
+One :class:`Regression` serves all convolutions that read the same value with the same stride, dilation and groups: the
+patches of a smaller kernel are columns of those of a larger one, whatever the target. Of the patches P and targets T of
+the images, less their means, one of three systems is solved for a ridge of strength r:
+
+- the normal equations (P'P + r I) W = P'T, accumulated in float64, chunk by chunk;
+- where there are fewer rows than unknowns, the dual (P P' + r I) A = T, W = P' A;
+- where neither matrix fits into memory, the normal equations by conjugate gradients, never formed.
+
+Rows are drawn at random, fifteen for an unknown at most: more change nothing (docs/architecture.md). A ridge draws
+towards zero and towards prior weights; images that no system has seen choose between strengths, and between all of
+these and the prior weights as they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +26,35 @@ from torch import Tensor
 
 from .algebra import Geometry, as_torch_pad
 
-__all__ = ["FEW_ROWS", "STRENGTHS", "Fit", "Moments", "fit_convolution", "moments_bytes", "patches"]
+__all__ = ["FEW_ROWS", "STRENGTHS", "Fit", "Pairs", "Regression", "Wanted", "patches", "window_of"]
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths that are tried, as shares of the mean diagonal of P'P."""
 
 FEW_ROWS = 5.0
 """Rows per unknown below which a fit says little about other images than those it has seen."""
 
+_ENOUGH_ROWS = 15.0
+_HELD_OUT_ROWS = 4096
 _CHUNK = 2**26
-"""Bytes of patches that are held at once."""
+"""Bytes of patches that are gathered at once."""
+_STEPS, _PATIENCE = 60, 5
+"""Most steps of conjugate gradients, and how many of them may pass without less error on the held-out images."""
+
+Wanted: TypeAlias = tuple[Geometry, int, Tensor, Tensor]
+"""A convolution to fit: geometry, number of its target, prior weights as torch shapes them, prior biases."""
+
+
+class Pairs(Protocol):
+    """Batches that can be read again: input (N, C, *size), and for every target (N, out_channels, *out_size)."""
+
+    def __len__(self) -> int:
+        """How many batches."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        """The batches, in the same order every time."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +68,7 @@ class Fit:
         bias: float64, one for each output channel.
         error: of these weights.
         prior_error: of the prior weights.
-        rows_per_unknown: output pixels of all fitted images for each weight of an output channel.
+        rows_per_unknown: output pixels that were fitted for each weight of an output channel.
         strength: of the ridge; None where the prior weights are better.
     """
 
@@ -52,64 +80,324 @@ class Fit:
     strength: float | None
 
 
-def moments_bytes(geometry: Geometry) -> int:
-    """Memory that :class:`Moments` of a convolution takes."""
-    unknowns = math.prod(geometry.weight_shape[1:]) + 1
-    return 8 * (unknowns**2 * geometry.groups + (unknowns + 1) * geometry.out_channels)
+def window_of(geometries: Sequence[Geometry]) -> Geometry | None:
+    """The smallest geometry whose patches hold those of all others as columns; None if they do not share a grid.
+
+    Its ``out_channels`` are those of the first.
+
+    Example:
+        >>> small = Geometry(8, 8, (3,), (1,), (1,), (1,), (1,), 1)
+        >>> window_of([small, Geometry(8, 16, (5,), (1,), (1,), (2,), (2,), 1)])
+        Geometry(5 p2 8->8)
+    """
+    first = geometries[0]
+    if any((g.in_channels, g.stride, g.groups) != (first.in_channels, first.stride, first.groups) for g in geometries):
+        return None
+    axes = []
+    for axis in range(first.dims):
+        steps = {g.dilation[axis] for g in geometries if g.kernel[axis] > 1}
+        left = max(g.left[axis] for g in geometries)
+        step = max(steps, default=1)
+        if len(steps) > 1 or any((left - g.left[axis]) % step for g in geometries):
+            return None
+        taps = [(left - g.left[axis]) // step + g.kernel[axis] for g in geometries]
+        if len({g.left[axis] + g.right[axis] - g.extent[axis] for g in geometries}) > 1:
+            return None
+        right = max(taps) - taps[0]
+        axes.append((max(taps), step, left, first.right[axis] + step * right))
+    kernel, dilation, left_sides, right_sides = (tuple(each) for each in zip(*axes, strict=True))
+    return Geometry(
+        first.in_channels, first.out_channels, kernel, first.stride, dilation, left_sides, right_sides, first.groups
+    )
 
 
-class Moments:
-    """P'P, P'T and T'T of a convolution's patches and targets, group by group.
+class Regression:
+    """Everything that convolutions at one input are fitted from.
 
     Args:
-        geometry: of the convolution; its padding is the input's.
+        window: geometry that holds those of all fits (:func:`window_of`); its output channels do not matter.
+        fitted: images to fit.
+        held_out: images to choose by.
+        memory: bound on matrices and stored patches, in bytes.
     """
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-        groups = geometry.groups
-        unknowns = math.prod(geometry.weight_shape[1:]) + 1
+    def __init__(self, window: Geometry, fitted: Pairs, held_out: Pairs, memory: int = 2**31) -> None:
+        self.window = window
+        self.memory = memory
+        self.unknowns = math.prod(window.weight_shape[1:])
+        self._held_out = list(_rows(window, held_out, _HELD_OUT_ROWS))
+        self._spread = [
+            max(float((t - t.mean(1, keepdim=True)).square().sum()), 1e-15 * float(t.square().sum()), 1e-30)
+            for t in (torch.cat([targets[i].double() for _, targets in self._held_out], 1) for i in self._numbers())
+        ]
+        self._system = self._make(fitted)
+
+    def _numbers(self) -> range:
+        return range(len(self._held_out[0][1]))
+
+    def _make(self, fitted: Pairs) -> _System:
+        rows = _Stored(self.window, fitted, round(_ENOUGH_ROWS * self.unknowns))
+        groups, unknowns = self.window.groups, self.unknowns
+        count = rows.expected()
+        if count < unknowns and groups * count * (4 * unknowns + 24 * count) <= self.memory:
+            return _Dual(rows)
+        if 24 * groups * unknowns**2 <= self.memory:
+            return _Normal(rows)
+        if groups * count * 4 * unknowns <= self.memory:
+            rows.keep()
+        return _Iterative(rows, self)
+
+    def fit(self, wanted: Sequence[Wanted]) -> list[Fit]:
+        """Fit convolutions of one kernel inside the window, each to its target; see the module docstring."""
+        columns = _columns(self.window, wanted[0][0])
+        ratio = self._system.rows / (len(columns) + 1)
+        numbers = [number for _, number, _, _ in wanted]
+        with torch.no_grad():
+            priors = [_as_columns(geometry, weight, bias) for geometry, _, weight, bias in wanted]
+            best: list[Fit] = []
+            for (_, number, weight, bias), prior in zip(wanted, priors, strict=True):
+                error = self.error(*prior, number, columns)
+                best.append(Fit(weight.double(), bias.double(), error, error, ratio, None))
+            for strength, place, weight, bias in self._system.solutions(numbers, [w for w, _ in priors], columns):
+                error = self.error(weight, bias, numbers[place], columns)
+                if error < best[place].error:
+                    found = _as_torch(wanted[place][0], weight, bias)
+                    best[place] = replace(best[place], weight=found[0], bias=found[1], error=error, strength=strength)
+        return best
+
+    def error(self, weight: Tensor, bias: Tensor, number: int, columns: Tensor) -> float:
+        """Squared error on the held-out images of weights (groups, unknowns, outputs), as a share of the variance."""
+        total = 0.0
+        for inputs, targets in self._held_out:
+            found = inputs[..., columns] @ weight.to(inputs) + bias.to(inputs)[:, None]
+            total += float((found - targets[number]).double().square().sum())
+        return total / self._spread[number] if math.isfinite(total) else math.inf
+
+
+# --- systems ----------------------------------------------------------------------------------------------------------
+
+
+class _System(Protocol):
+    """Solves for the weights of targets; patches and targets less their means."""
+
+    rows: int
+
+    def solutions(
+        self, numbers: Sequence[int], priors: Sequence[Tensor], columns: Tensor
+    ) -> Iterable[tuple[float, int, Tensor, Tensor]]:
+        """(strength, position in ``numbers``, weights, biases) of every strength, towards zero and the prior."""
+        ...
+
+
+class _Means:
+    """Means of patches and targets, and what makes a bias of them."""
+
+    def __init__(self, inputs: Tensor, targets: Sequence[Tensor]) -> None:
+        self.inputs = inputs
+        self.targets = targets
+
+    def bias(self, weight: Tensor, number: int, columns: Tensor) -> Tensor:
+        shifted: Tensor = self.targets[number] - torch.einsum("gu,guo->go", self.inputs[:, columns], weight)
+        return shifted
+
+
+class _Normal:
+    """The normal equations."""
+
+    def __init__(self, rows: _Stored) -> None:
         self.rows = 0
-        self.inputs = torch.zeros(groups, unknowns, unknowns, dtype=torch.float64)
-        self.products = torch.zeros(groups, unknowns, geometry.out_channels // groups, dtype=torch.float64)
-        self.targets = torch.zeros(groups, geometry.out_channels // groups, dtype=torch.float64)
+        for inputs, targets in rows:
+            if not self.rows:
+                groups, _, unknowns = inputs.shape
+                square = inputs.new_zeros(groups, unknowns, unknowns, dtype=torch.float64)
+                products = [t.new_zeros(groups, unknowns, t.shape[2], dtype=torch.float64) for t in targets]
+                sums = square.new_zeros(groups, unknowns)
+                totals = [t.new_zeros(groups, t.shape[2], dtype=torch.float64) for t in targets]
+            transposed = inputs.transpose(1, 2)
+            square += transposed @ inputs
+            sums += inputs.sum(1, dtype=torch.float64)
+            for target, product, total in zip(targets, products, totals, strict=True):
+                product += transposed @ target
+                total += target.sum(1, dtype=torch.float64)
+            self.rows += inputs.shape[1]
+        self.square = square.baddbmm_(sums[:, :, None], sums[:, None], alpha=-1 / self.rows)
+        self.products = [
+            product.baddbmm_(sums[:, :, None], total[:, None], alpha=-1 / self.rows)
+            for product, total in zip(products, totals, strict=True)
+        ]
+        self.means = _Means(sums / self.rows, [total / self.rows for total in totals])
 
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Add images: their inputs (N, C, *size) and targets (N, out_channels, *out_size)."""
-        per_image = 8 * target[0, 0].numel() * self.inputs.shape[1] * self.geometry.groups
-        step = max(1, _CHUNK // max(per_image, 1))
-        for start in range(0, len(x), step):
-            rows = patches(x[start : start + step].double(), self.geometry)
-            ones = rows.new_ones(*rows.shape[:2], 1)
-            rows = torch.cat([rows, ones], 2)
-            wanted = _grouped(target[start : start + step].double(), self.geometry.groups)
-            transposed = rows.transpose(1, 2)
-            self.inputs += (transposed @ rows).cpu()
-            self.products += (transposed @ wanted).cpu()
-            self.targets += wanted.square().sum(1).cpu()
-            self.rows += rows.shape[1]
-
-    def solve(self, strength: float, prior: Tensor | None = None) -> Tensor:
-        """The weights (groups, unknowns, outputs) of the ridge; drawn towards ``prior`` (default zero), the bias is free."""
-        unknowns = self.inputs.shape[1]
-        diagonal = self.inputs.diagonal(dim1=1, dim2=2)[:, :-1]
-        pull = strength * diagonal.mean(1, keepdim=True).clamp_min(1e-30).expand(-1, unknowns)
-        pull = pull.clone()
-        pull[:, -1] = 1e-9 * pull[:, 0]
-        wanted = self.products if prior is None else self.products + pull[:, :, None] * prior
-        weights: Tensor = torch.linalg.solve(self.inputs + torch.diag_embed(pull), wanted)
-        return weights
-
-    def error(self, weights: Tensor) -> float:
-        """Squared error of weights (groups, unknowns, outputs), as a share of the target's variance."""
-        explained = (weights * (self.inputs @ weights - 2 * self.products)).sum()
-        spread = self.targets.sum() - self.products[:, -1].square().sum() / self.rows
-        least = max(1e-15 * float(self.targets.sum()), 1e-30)  # what rounding leaves of a target that does not vary
-        return float((explained + self.targets.sum()).clamp_min(0.0) / spread.clamp_min(least))
+    def solutions(
+        self, numbers: Sequence[int], priors: Sequence[Tensor], columns: Tensor
+    ) -> Iterable[tuple[float, int, Tensor, Tensor]]:
+        whole = len(columns) == self.square.shape[1]
+        square = self.square if whole else self.square[:, columns][:, :, columns]
+        diagonal = square.diagonal(dim1=1, dim2=2)
+        size = diagonal.mean(1).clamp_min(1e-30)[:, None, None]
+        products = [self.products[number][:, columns] for number in numbers]
+        for strength in STRENGTHS:
+            pull = strength * size
+            matrix = square.clone()
+            matrix.diagonal(dim1=1, dim2=2).add_(pull[:, 0])
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if failed.any():
+                continue
+            del matrix
+            for place, (number, product, prior) in enumerate(zip(numbers, products, priors, strict=True)):
+                both = torch.cat([product, product + pull * prior.to(product)], 2)
+                for weight in torch.cholesky_solve(both, factor).chunk(2, 2):
+                    yield strength, place, weight, self.means.bias(weight, number, columns)
 
 
-def patches(x: Tensor, geometry: Geometry) -> Tensor:
+class _Dual:
+    """A system with an unknown for every row, where these are fewer."""
+
+    def __init__(self, rows: _Stored) -> None:
+        chunks = list(rows)
+        inputs = torch.cat([inputs for inputs, _ in chunks], 1)
+        targets = [torch.cat(each, 1).double() for each in zip(*(targets for _, targets in chunks), strict=True)]
+        self.rows = inputs.shape[1]
+        self.means = _Means(inputs.mean(1, dtype=torch.float64), [target.mean(1) for target in targets])
+        self.inputs = inputs
+        self.targets = [target - target.mean(1, keepdim=True) for target in targets]
+
+    def solutions(
+        self, numbers: Sequence[int], priors: Sequence[Tensor], columns: Tensor
+    ) -> Iterable[tuple[float, int, Tensor, Tensor]]:
+        inputs = self.inputs[..., columns]
+        inputs = inputs - inputs.mean(1, keepdim=True)
+        square = (inputs @ inputs.transpose(1, 2)).double()
+        size = (square.diagonal(dim1=1, dim2=2).sum(1) / len(columns)).clamp_min(1e-30)[:, None, None]
+        for strength in STRENGTHS:
+            matrix = square.clone()
+            matrix.diagonal(dim1=1, dim2=2).add_(strength * size[:, 0])
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if failed.any():
+                continue
+            for place, (number, prior) in enumerate(zip(numbers, priors, strict=True)):
+                target, start = self.targets[number], prior.double()
+                lacking = target - (inputs @ prior.to(inputs)).double()
+                found = torch.cholesky_solve(torch.cat([target, lacking], 2), factor).to(inputs)
+                zero, towards = (inputs.transpose(1, 2) @ found).double().chunk(2, 2)
+                for weight in (zero, start + towards):
+                    yield strength, place, weight, self.means.bias(weight, number, columns)
+
+
+class _Iterative:
+    """Conjugate gradients on the normal equations, from the prior weights; the steps taken are the stronger ridge."""
+
+    def __init__(self, rows: _Stored, regression: Regression) -> None:
+        self.source = rows
+        self.regression = regression
+        self.rows = 0
+        for inputs, targets in rows:
+            if not self.rows:
+                sums = inputs.new_zeros(inputs.shape[0], inputs.shape[2], dtype=torch.float64)
+                squares = torch.zeros_like(sums)
+                totals = [t.new_zeros(t.shape[0], t.shape[2], dtype=torch.float64) for t in targets]
+            sums += inputs.sum(1, dtype=torch.float64)
+            squares += inputs.square().sum(1, dtype=torch.float64)
+            for target, total in zip(targets, totals, strict=True):
+                total += target.sum(1, dtype=torch.float64)
+            self.rows += inputs.shape[1]
+        self.means = _Means(sums / self.rows, [total / self.rows for total in totals])
+        self.diagonal = (squares - sums.square() / self.rows).clamp_min(0.0)
+
+    def solutions(
+        self, numbers: Sequence[int], priors: Sequence[Tensor], columns: Tensor
+    ) -> Iterable[tuple[float, int, Tensor, Tensor]]:
+        diagonal = self.diagonal[:, columns]
+        pull = STRENGTHS[0] * diagonal.mean(1, keepdim=True).clamp_min(1e-30)[..., None]
+        for place, (number, prior) in enumerate(zip(numbers, priors, strict=True)):
+            weight, least, stale = prior.double(), math.inf, 0
+            residual = self._gradient(weight, number, columns)
+            scaled = residual / (diagonal[..., None] + pull)
+            direction, product = scaled, (residual * scaled).sum(1, keepdim=True)
+            for _ in range(_STEPS):
+                image = self._square(direction, columns) + pull * direction
+                length = product / (direction * image).sum(1, keepdim=True).clamp_min(1e-300)
+                weight, residual = weight + length * direction, residual - length * image
+                scaled = residual / (diagonal[..., None] + pull)
+                before, product = product, (residual * scaled).sum(1, keepdim=True)
+                direction = scaled + product / before.clamp_min(1e-300) * direction
+                bias = self.means.bias(weight, number, columns)
+                yield STRENGTHS[0], place, weight, bias
+                error = self.regression.error(weight, bias, number, columns)
+                stale = 0 if error < 0.999 * least else stale + 1
+                if stale == _PATIENCE:
+                    break
+                least = min(error, least)
+
+    def _square(self, weight: Tensor, columns: Tensor) -> Tensor:
+        """P'P times weights."""
+        total = torch.zeros_like(weight)
+        for inputs, _ in self.source:
+            centred = inputs[..., columns] - self.means.inputs[:, None, columns].to(inputs)
+            total += centred.transpose(1, 2) @ (centred @ weight.to(inputs))
+        return total
+
+    def _gradient(self, weight: Tensor, number: int, columns: Tensor) -> Tensor:
+        """P'(T - P times weights)."""
+        total = torch.zeros_like(weight)
+        for inputs, targets in self.source:
+            centred = inputs[..., columns] - self.means.inputs[:, None, columns].to(inputs)
+            target = targets[number] - self.means.targets[number][:, None].to(inputs)
+            total += centred.transpose(1, 2) @ (target - centred @ weight.to(inputs))
+        return total
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class _Stored:
+    """Drawn rows that can be read again: gathered anew every time, or kept."""
+
+    def __init__(self, window: Geometry, pairs: Pairs, most: int) -> None:
+        self.window = window
+        self.pairs = pairs
+        self.most = most
+        self.kept: list[tuple[Tensor, list[Tensor]]] | None = None
+
+    def expected(self) -> int:
+        """About how many there are, from the first batch."""
+        x, _ = next(iter(self.pairs))
+        return min(self.most, len(self.pairs) * len(x) * math.prod(self.window.out_size(x.shape[2:])))
+
+    def keep(self) -> None:
+        """Hold them in memory."""
+        self.kept = list(self)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        return _rows(self.window, self.pairs, self.most) if self.kept is None else iter(self.kept)
+
+
+def _rows(window: Geometry, pairs: Pairs, most: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Patches (groups, rows, unknowns) and targets (groups, rows, outputs), chunk by chunk; at most so many rows of all batches.
+
+    In float32, or float64 where the input is. The same rows every time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    share = -(-most // len(pairs))
+    for x, targets in pairs:
+        if x.device.type == "mps":  # which has no float64
+            x, targets = x.cpu(), [target.cpu() for target in targets]
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        total = len(x) * math.prod(window.out_size(x.shape[2:]))
+        drawn = torch.arange(total)
+        if total > share:
+            drawn = torch.randperm(total, generator=generator)[:share].sort().values
+        step = max(1, _CHUNK // (dtype.itemsize * window.in_channels * math.prod(window.kernel)))
+        for chosen in torch.split(drawn.to(x.device), step):
+            yield patches(x.to(dtype), window, chosen), [_grouped(t, window.groups, chosen).to(dtype) for t in targets]
+
+
+def patches(x: Tensor, geometry: Geometry, chosen: Tensor | None = None) -> Tensor:
     """What each output pixel of each group reads: (groups, N * pixels, C / groups * taps), in the order of torch's weights.
+
+    Args:
+        x: (N, C, *size).
+        geometry: of the convolution.
+        chosen: numbers of the output pixels of all images to return; default all.
 
     Example:
         >>> x = torch.arange(6.0).reshape(1, 1, 6)
@@ -122,46 +410,33 @@ def patches(x: Tensor, geometry: Geometry) -> Tensor:
     dims = geometry.dims
     for axis, dilation in enumerate(geometry.dilation, 2 + dims):
         x = x[(slice(None),) * axis + (slice(None, None, dilation),)]
-    batch, channels = x.shape[:2]
-    x = x.reshape(batch, geometry.groups, channels // geometry.groups, *x.shape[2:])
-    pixels = range(3, 3 + dims)
-    rows = x.permute(1, 0, *pixels, 2, *range(3 + dims, 3 + 2 * dims))
-    return rows.reshape(geometry.groups, -1, math.prod(geometry.weight_shape[1:]))
+    x = x.movedim(1, 1 + dims)  # (N, *pixels, C, *taps)
+    if chosen is not None:
+        x = x[torch.unravel_index(chosen, x.shape[: 1 + dims])]
+    taps = math.prod(geometry.weight_shape[1:])
+    return x.reshape(-1, geometry.groups, taps).transpose(0, 1)
 
 
-def _grouped(target: Tensor, groups: int) -> Tensor:
-    """(N, C, *size) as (groups, N * pixels, C / groups)."""
-    flat = target.flatten(2) if target.ndim > 2 else target[..., None]
-    batch, channels, pixels = flat.shape
-    return (
-        flat.reshape(batch, groups, channels // groups, pixels).permute(1, 0, 3, 2).reshape(groups, batch * pixels, -1)
-    )
+def _grouped(target: Tensor, groups: int, chosen: Tensor) -> Tensor:
+    """Chosen pixels of (N, C, *size) as (groups, rows, C / groups)."""
+    rows = target.movedim(1, -1).flatten(0, -2)[chosen]
+    return rows.reshape(len(chosen), groups, -1).transpose(0, 1)
 
 
-@torch.no_grad()
-def fit_convolution(
-    fitted: Moments, held_out: Moments, weight: Tensor, bias: Tensor, strengths: Sequence[float] = STRENGTHS
-) -> Fit:
-    """The convolution that fits best on held-out images, of all ridge strengths, towards zero and the prior weights.
+def _columns(window: Geometry, geometry: Geometry) -> Tensor:
+    """Which columns of the window's patches are those of a geometry inside of it."""
+    taps = torch.arange(math.prod(window.weight_shape[1:])).reshape(window.weight_shape[1:])
+    for axis, dilation in enumerate(window.dilation):
+        start = (window.left[axis] - geometry.left[axis]) // dilation
+        taps = taps.narrow(1 + axis, start, geometry.kernel[axis])
+    return taps.flatten()
 
-    The prior weights themselves compete.
 
-    Args:
-        fitted: moments of the images to fit.
-        held_out: moments of the images to choose by.
-        weight: prior weights, shaped as torch's.
-        bias: prior biases.
-        strengths: what to try.
-    """
-    geometry = fitted.geometry
-    shape = (geometry.groups, geometry.out_channels // geometry.groups, -1)
-    prior = torch.cat([weight.double().cpu().reshape(shape), bias.double().cpu().reshape(shape)], 2).transpose(1, 2)
-    ratio = fitted.rows / fitted.inputs.shape[1]
-    tried = [(strength, fitted.solve(strength, towards)) for strength in strengths for towards in (None, prior)]
-    errors = [(held_out.error(weights), strength, weights) for strength, weights in tried]
-    error, strength, best = min(errors, key=lambda each: (not math.isfinite(each[0]), each[0]))
-    prior_error = held_out.error(prior)
-    if not error < prior_error:
-        return Fit(weight.double().cpu(), bias.double().cpu(), prior_error, prior_error, ratio, None)
-    rows = best.transpose(1, 2).reshape(geometry.out_channels, -1)
-    return Fit(rows[:, :-1].reshape(geometry.weight_shape), rows[:, -1], error, prior_error, ratio, strength)
+def _as_columns(geometry: Geometry, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (groups, unknowns, outputs) and biases (groups, outputs), float64."""
+    shape = geometry.groups, geometry.out_channels // geometry.groups
+    return weight.double().reshape(*shape, -1).transpose(1, 2), bias.double().reshape(shape)
+
+
+def _as_torch(geometry: Geometry, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.transpose(1, 2).reshape(geometry.weight_shape).contiguous(), bias.flatten()

@@ -20,15 +20,17 @@ merged segments is left as it is.
 
 from __future__ import annotations
 
-__all__ = ["Known", "RefitPass", "RefitResult", "known_inputs", "refit"]
+__all__ = ["Known", "RefitPass", "RefitResult", "known_inputs", "put", "refit", "refit_alone", "why_not"]
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
+from fxmerge.algebra import Conv, Geometry
 from fxmerge.calibration import Batch, Calibration, eval_mode, parse_memory
 from fxmerge.candidates import Candidate
 from fxmerge.evaluate import evaluate, recorder
@@ -38,6 +40,7 @@ from fxmerge.graph import (
     META,
     by_id,
     changed_nodes,
+    clone,
     graph_meta,
     is_tensor,
     module_of,
@@ -45,16 +48,19 @@ from fxmerge.graph import (
     shape_of,
     shared_targets,
     sweep,
+    written_in_place,
 )
 from fxmerge.linear import conv_geometry
 from fxmerge.passes._base import GraphPass
 from fxmerge.passes.fold import fold_segments
-from fxmerge.regression import Fit, Moments, fit_convolution, moments_bytes
+from fxmerge.passes.relax import RelaxPass
+from fxmerge.regression import Fit, Regression, window_of
 from fxmerge.surgery import insert_behind
 
 Known: TypeAlias = Mapping[str, Any]
 """Values of one batch of images in the original network, by node id."""
 
+_RECENT = 2
 _aten = torch.ops.aten
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -78,7 +84,7 @@ class RefitPass(GraphPass):
     Attributes:
         original: the canonical graph that was relaxed.
         calibration: images to fit, and held-out ones.
-        memory: bound on the moments of one convolution, such as "2GiB".
+        memory: bound on what one fit holds, such as "2GiB".
     """
 
     def __init__(self, original: fx.GraphModule, calibration: Calibration, memory: str | int = "2GiB") -> None:
@@ -112,7 +118,7 @@ def refit(
         fit: images to fit: for every batch values of the original by node id, the inputs at least. The more are known, the less
             is computed.
         held_out: images to choose by.
-        memory: bound on the moments of one convolution, in bytes.
+        memory: bound on what one fit holds, in bytes.
         last: fit the last linear layer, too, if anything was fitted.
 
     Returns:
@@ -139,12 +145,134 @@ def refit(
     return (*found, *([] if classifier is None else [classifier]))
 
 
+def refit_alone(
+    original: fx.GraphModule,
+    candidates: Iterable[Candidate],
+    fit: Sequence[Known],
+    held_out: Sequence[Known],
+    memory: int = 2**31,
+) -> dict[Candidate, fx.GraphModule]:
+    """For each candidate the network with it alone, folded and fitted; none for those that cannot be fitted.
+
+    Merges with one entry are fitted together: their patches are gathered once. Parameters of what stays are the original's;
+    modules are in eval mode. Other arguments as of :func:`refit`.
+    """
+    targets = by_id(original)
+    room = 0 if written_in_place(original) else memory // (4 * _RECENT * max(1, len(fit) + len(held_out)))
+
+    def values(batch: Known) -> tuple[_Values, _Values]:
+        both = _Values(original, {targets[name]: value for name, value in batch.items()}, room)
+        return both, both
+
+    parts = [[values(batch) for batch in part] for part in (fit, held_out)]
+    found: dict[Candidate, fx.GraphModule] = {}
+    groups: list[list[_Alone]] = []
+    for candidate in candidates:
+        network = RelaxPass((candidate,))(clone(original, share_parameters=True)).graph_module.eval()
+        exits = {segment["exit"] for segment in graph_meta(network)["segments"]}
+        fold_segments(network, check=False)
+        node = next(node for node in network.graph.nodes if node.meta.get(META, {}).get("exit") in exits)
+        if why_not(node, candidate, targets) or node_id(node.all_input_nodes[0]) != candidate.entry:
+            continue
+        module = module_of(network, node)
+        assert isinstance(module, CONVOLUTIONS)  # noqa: S101 - fold made it
+        network.recompile()
+        found[candidate] = network
+        alone = _Alone(candidate, conv_geometry(module), module)
+        group = next((group for group in groups if _window([*group, alone]) is not None), None)
+        if group is None:
+            groups.append([alone])
+        else:
+            group.append(alone)
+    with eval_mode(original), torch.no_grad():
+        for group in groups:
+            _fit_together(group, parts, targets, memory)
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    """The one convolution that a candidate leaves."""
+
+    candidate: Candidate
+    geometry: Geometry
+    module: Conv
+
+
+def _window(group: Sequence[_Alone]) -> Geometry | None:
+    if len({each.candidate.entry for each in group}) > 1:
+        return None
+    return window_of([each.geometry for each in group])
+
+
+def _fit_together(
+    group: Sequence[_Alone],
+    parts: Sequence[Sequence[tuple[_Values, _Values]]],
+    targets: Mapping[str, fx.Node],
+    memory: int,
+) -> None:
+    window = _window(group)
+    assert window is not None  # noqa: S101 - that is what makes a group
+    exits = tuple(dict.fromkeys(each.candidate.exit for each in group))
+    source, wanted = targets[group[0].candidate.entry], tuple(targets[name] for name in exits)
+    fitted, held_out = (_Pairs(part, source, wanted) for part in parts)
+    regression = Regression(window, fitted, held_out, memory)
+    kernels: dict[Geometry, list[_Alone]] = {}
+    for each in group:
+        kernels.setdefault(replace(each.geometry, out_channels=each.geometry.groups), []).append(each)
+    for same in kernels.values():
+        asked = [(e.geometry, exits.index(e.candidate.exit), e.module.weight, _bias(e.module)) for e in same]
+        for each, fit in zip(same, regression.fit(asked), strict=True):
+            put(fit, each.module)
+
+
 def known_inputs(gm: fx.GraphModule, batches: Iterable[Batch]) -> list[Known]:
     """Batches as :func:`refit` takes them: the inputs alone."""
     inputs = list(gm.graph.find_nodes(op="placeholder"))
     run = recorder(gm, inputs)
     with eval_mode(gm):
         return [{node_id(node): value for node, value in run(batch)[1].items()} for batch in batches]
+
+
+class _Values:
+    """Values of one batch of images in a network: those that are known, and the last few that were asked for."""
+
+    def __init__(self, gm: fx.GraphModule, known: dict[fx.Node, Any], room: int) -> None:
+        self.gm = gm
+        self.known = known
+        self.room = room
+        self.recent: dict[fx.Node, Any] = {}
+
+    def __call__(self, node: fx.Node) -> Tensor:
+        value = evaluate(self.gm, node, {**self.known, **self.recent})
+        if node not in self.known and isinstance(value, Tensor) and value.numel() * value.element_size() <= self.room:
+            self.recent.pop(node, None)
+            self.recent[node] = value
+            while len(self.recent) > _RECENT:
+                self.recent.pop(next(iter(self.recent)))
+        found: Tensor = value
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """What convolutions read in the compressed network, and what they should give: values of the original, less what is added."""
+
+    batches: Sequence[tuple[_Values, _Values]]
+    source: fx.Node
+    wanted: tuple[fx.Node, ...]
+    other: fx.Node | None = None
+    shaped: Callable[[Tensor], Tensor] = lambda value: value
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        for values, originals in self.batches:
+            x, targets = values(self.source), [originals(node) for node in self.wanted]
+            if self.other is not None:
+                targets = [target - values(self.other) for target in targets]
+            yield self.shaped(x), [self.shaped(target) for target in targets]
 
 
 class _Refit:
@@ -159,45 +287,30 @@ class _Refit:
         self.targets = by_id(original)
         changed = changed_nodes(original, gm)
         same = [node for node in gm.graph.nodes if node not in changed]
-        self.originals = [[{self.targets[name]: v for name, v in batch.items()} for batch in part] for part in parts]
-        # What gives the same as in the original is known in the compressed network, too.
-        self.parts = [
-            [{node: batch[node_id(node)] for node in same if node_id(node) in batch} for batch in part]
-            for part in parts
-        ]
+        room = 0 if written_in_place(gm) else memory // (4 * _RECENT * max(1, sum(map(len, parts))))
+
+        def values(batch: Known) -> tuple[_Values, _Values]:
+            # What gives the same as in the original is known in the compressed network, too.
+            known = {node: batch[node_id(node)] for node in same if node_id(node) in batch}
+            return _Values(gm, known, room), _Values(
+                original, {self.targets[name]: v for name, v in batch.items()}, room
+            )
+
+        self.fitted, self.held_out = ([values(batch) for batch in part] for part in parts)
 
     def fit(self, node: fx.Node, candidate: Candidate, waiting: set[fx.Node]) -> Refitted:
         """Fit one merged convolution, where that can be done."""
         module = module_of(self.gm, node)
         assert isinstance(module, CONVOLUTIONS)  # noqa: S101 - fold made it
-        geometry = conv_geometry(module)
-        reason = self._why_not(node, candidate, moments_bytes(geometry))
+        reason = why_not(node, candidate, self.targets)
         if reason:
             return Refitted(node_id(node), reason=reason)
-        source = node.all_input_nodes[0]
         total, other = self._joined(node, waiting)
         wanted = self.targets[candidate.exit if total is None else node_id(total)]
-        read = [source] if other is None else [source, other]
-        fit = self._solve(Moments(geometry), Moments(geometry), read, wanted, module.weight, module.bias)
-        dtype = module.weight.dtype
-        module.weight.copy_(fit.weight.to(dtype))
-        assert module.bias is not None  # noqa: S101 - fold gives every convolution one
-        module.bias.copy_(fit.bias.to(dtype))
+        fit = self._solve(conv_geometry(module), node.all_input_nodes[0], wanted, module.weight, _bias(module), other)
+        put(fit, module)
         self._normalise(node, module)
         return _outcome(node_id(node), fit)
-
-    def _why_not(self, node: fx.Node, candidate: Candidate, needed: int) -> str:
-        if candidate.norm is not None:
-            return f"the norm {candidate.norm!r} stands behind it"
-        if candidate.activation is not None:
-            return "an activation was put behind it"
-        if node.meta[META].get("sides"):
-            return "a side input passes through it"
-        if candidate.exit not in self.targets:
-            return f"the original has no value {candidate.exit!r}"
-        if 2 * needed > self.memory:
-            return f"its moments take {2 * needed / 2**30:.1f} GiB, more than memory allows"
-        return ""
 
     def _joined(self, node: fx.Node, waiting: set[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
         """The addition that alone reads a convolution, and the other operand, if that is final by now."""
@@ -217,29 +330,23 @@ class _Refit:
 
     def _solve(
         self,
-        fitted: Moments,
-        held_out: Moments,
-        read: Sequence[fx.Node],
+        geometry: Geometry,
+        source: fx.Node,
         wanted: fx.Node,
         weight: Tensor,
-        bias: Tensor | None,
+        bias: Tensor,
+        other: fx.Node | None = None,
         shaped: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> Fit:
-        """Gather moments from all images: the first value read is the input, a second one comes off the target."""
-        for moments, batches, originals in zip((fitted, held_out), self.parts, self.originals, strict=True):
-            for known, reference in zip(batches, originals, strict=True):
-                x, *others = (evaluate(self.gm, node, known) for node in read)
-                target = evaluate(self.original, wanted, reference).double()
-                moments.add(shaped(x), shaped(target - others[0] if others else target))
-        start = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias
-        return fit_convolution(fitted, held_out, weight, start)
+        fitted, held_out = (_Pairs(part, source, (wanted,), other, shaped) for part in (self.fitted, self.held_out))
+        return Regression(geometry, fitted, held_out, self.memory).fit([(geometry, 0, weight, bias)])[0]
 
     def _normalise(self, node: fx.Node, module: Any) -> None:
         """Put a batch norm behind a convolution whose running statistics are what it scales and shifts back."""
         count, total, squares = 0, 0.0, 0.0
         axes = [0, *range(2, module.weight.ndim)]
-        for known in self.parts[0]:
-            wide: Any = evaluate(self.gm, node, known).double()
+        for values, _ in self.fitted:
+            wide: Any = evaluate(self.gm, node, {**values.known, **values.recent}).double()
             count += wide.numel() // wide.shape[1]
             total, squares = total + wide.sum(axes), squares + wide.square().sum(axes)
         mean: Any = total / count
@@ -263,17 +370,43 @@ class _Refit:
         source = node.all_input_nodes[0]
         if len(shape_of(source)) != 2 or str(node.target) in shared_targets(self.gm):
             return None
-        pointwise = conv_geometry(nn.Conv1d(module.in_features, module.out_features, 1))
-        if 2 * moments_bytes(pointwise) > self.memory:
-            return None
-        moments = Moments(pointwise), Moments(pointwise)
-        weight = module.weight[..., None]
-        wanted = self.targets[node_id(node)]
-        fit = self._solve(*moments, [source], wanted, weight, module.bias, lambda value: value[..., None])
+        pointwise = Geometry.pointwise(module.in_features, module.out_features, 1)
+        weight, wanted = module.weight[..., None], self.targets[node_id(node)]
+        fit = self._solve(pointwise, source, wanted, weight, _bias(module), shaped=lambda value: value[..., None])
         module.weight.copy_(fit.weight[..., 0].to(module.weight.dtype))
         if module.bias is not None:
             module.bias.copy_(fit.bias.to(module.bias.dtype))
         return _outcome(node_id(node), fit)
+
+
+def why_not(node: fx.Node, candidate: Candidate, targets: Mapping[str, fx.Node]) -> str:
+    """Why a merged convolution cannot be fitted; empty where it can.
+
+    Args:
+        node: the convolution.
+        candidate: what it is left of.
+        targets: the nodes of the original by id.
+    """
+    if candidate.norm is not None:
+        return f"the norm {candidate.norm!r} stands behind it"
+    if candidate.activation is not None:
+        return "an activation was put behind it"
+    if node.meta[META].get("sides"):
+        return "a side input passes through it"
+    if candidate.exit not in targets:
+        return f"the original has no value {candidate.exit!r}"
+    return ""
+
+
+def put(fit: Fit, module: Conv) -> None:
+    """Give a convolution the weights of a fit, in its own dtype."""
+    module.weight.copy_(fit.weight)
+    if module.bias is not None:
+        module.bias.copy_(fit.bias)
+
+
+def _bias(module: Conv | nn.Linear) -> Tensor:
+    return module.weight.new_zeros(len(module.weight)) if module.bias is None else module.bias
 
 
 def _outcome(name: str, fit: Fit) -> Refitted:

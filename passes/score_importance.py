@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxmerge.candidates import Candidate, Enumeration
 from fxmerge.errors import UserError
 from fxmerge.estimators import Estimator
+from fxmerge.graph import by_id
 from fxmerge.passes._base import GraphPass
 from fxmerge.progress import progress
 
@@ -58,9 +59,11 @@ def score_importance(gm: fx.GraphModule, enumeration: Enumeration, estimator: Es
     Raises:
         UserError: the estimator returned something that is no finite number; the message names the candidate.
     """
-    candidates = list(dict.fromkeys(site.candidate for site in enumeration.sites))
+    order = {name: number for number, name in enumerate(by_id(gm))}
+    distinct = dict.fromkeys(site.candidate for site in enumeration.sites)
+    candidates = sorted(distinct, key=lambda candidate: order[candidate.entry])
     losses: dict[Candidate, float] = {}
-    score = estimator.prepare(gm)
+    score = estimator.prepare(gm, candidates)
     with progress(f"Scoring candidates by {estimator.name}", total=len(candidates)) as bar:
         for candidate in candidates:
             loss = float(score(candidate))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -31,6 +30,7 @@ from small_networks import (
 from torch import nn
 
 import fxmerge
+from fxmerge import regression
 from fxmerge.calibration import Calibration, read_calibration
 from fxmerge.checks import outputs_of
 from fxmerge.estimators import distance
@@ -39,8 +39,8 @@ from fxmerge.linear import conv_geometry
 from fxmerge.passes import RefitPass, RelaxPass
 from fxmerge.passes import refit as module
 from fxmerge.passes.fold import fold_segments
-from fxmerge.passes.refit import known_inputs, refit
-from fxmerge.regression import Moments, fit_convolution
+from fxmerge.passes.refit import known_inputs, refit, refit_alone
+from fxmerge.regression import Regression
 from fxmerge.result import merge_graph
 
 
@@ -88,15 +88,18 @@ def test_a_segment_that_is_linear_already_is_found_again(monkeypatch):
     gm = captured(lively(linear_chain()), x)
     candidate = next(c for c in candidates(gm, max_kernel=9) if c.kept == ("1.0", "2.0", "3.0") and not c.removed)
 
-    def blind(fitted, held_out, weight, bias):
-        return fit_convolution(fitted, held_out, 0 * weight, 0 * bias, (1e-13,))
+    class Blind(Regression):
+        def fit(self, wanted):
+            return super().fit([(geometry, number, 0 * w, 0 * b) for geometry, number, w, b in wanted])
 
-    monkeypatch.setattr(module, "fit_convolution", blind)
-    found, fits = refitted(gm, candidate)
+    monkeypatch.setattr(regression, "STRENGTHS", (1e-13,))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Regression", Blind)
+        found, fits = refitted(gm, candidate)
     assert fits[0].fitted
     assert fits[0].error < 1e-15
     assert output_error(found, gm, x) < 1e-8
-    monkeypatch.setattr(module, "fit_convolution", functools.partial(fit_convolution, strengths=(1e3,)))
+    monkeypatch.setattr(regression, "STRENGTHS", (1e3,))
     kept, fits = refitted(gm, candidate)
     assert (fits[0].fitted, fits[0].error < 1e-15) == (False, True)  # nothing is better than what it composes to
     assert output_error(kept, gm, x) < 1e-8
@@ -112,17 +115,17 @@ def by_hand(gm, found, prior, name, data, *, skip=True, inputs=None):
     geometry = conv_geometry(module_of(found, node))
     parts = []
     for batches in (data.fit, data.held_out):
-        moments = Moments(geometry)
+        pairs = []
         for (x,), _ in batches:
             target = value_of(gm, segment_exit, x)
             if skip:
                 other = next(each for each in reader.all_input_nodes if each is not norm)
                 target = value_of(gm, by_id(gm)[node_id(reader)], x) - value_of(found, other, x)
             network = inputs or found
-            moments.add(value_of(network, by_id(network)[node_id(source)], x), target)
-        parts.append(moments)
+            pairs.append((value_of(network, by_id(network)[node_id(source)], x), [target]))
+        parts.append(pairs)
     start = module_of(prior, by_id(prior)[name])
-    return fit_convolution(*parts, start.weight, start.bias)
+    return Regression(geometry, *parts).fit([(geometry, 0, start.weight, start.bias)])[0]
 
 
 def two_merges():
@@ -273,13 +276,12 @@ def test_the_last_linear_layer_is_fitted_to_the_originals_outputs():
     node = by_id(found)["4.2"]
     (source,) = node.all_input_nodes
     geometry = conv_geometry(nn.Conv1d(6, 5, 1))
-    parts = []
-    for batches in (data.fit, data.held_out):
-        parts.append(Moments(geometry))
-        for (x,), _ in batches:
-            parts[-1].add(value_of(found, source, x)[..., None], outputs_of(gm, ((x,), {}))[0][..., None])
+    parts = [
+        [(value_of(found, source, x)[..., None], [outputs_of(gm, ((x,), {}))[0][..., None]]) for (x,), _ in batches]
+        for batches in (data.fit, data.held_out)
+    ]
     old = gm.get_submodule("4.2")
-    expected = fit_convolution(*parts, old.weight[..., None], old.bias)
+    expected = Regression(geometry, *parts).fit([(geometry, 0, old.weight[..., None], old.bias)])[0]
     installed = found.get_submodule("4.2")
     torch.testing.assert_close(installed.weight.detach(), expected.weight[..., 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(installed.bias.detach(), expected.bias, rtol=0, atol=1e-10)
@@ -361,14 +363,44 @@ def test_a_side_input_that_passes_through_it():
     assert keeps_composed(gm, full_merge(gm), data) == "a side input passes through it"
 
 
-def test_moments_that_do_not_fit_into_memory():
+def test_what_does_not_fit_into_memory_is_solved_iteratively_and_about_as_well():
     gm, _ = small("chain")
-    reason = keeps_composed(gm, full_merge(gm), calibration(gm), 1000)
-    assert reason == "its moments take 0.0 GiB, more than memory allows"
-    _, fits = refitted(gm, full_merge(gm), memory=1000)
-    assert len(fits) == 1  # nor do those of the last layer
-    _, fits = refitted(gm, full_merge(gm), memory="1MB")
-    assert [each.reason for each in fits] == ["", ""]
+    wide, fits = refitted(gm, full_merge(gm), memory="1GiB")
+    narrow, tight = refitted(gm, full_merge(gm), memory=1000)
+    assert [each.reason for each in (*fits, *tight)] == [""] * 4
+    assert not same(weights_of(wide), weights_of(narrow))
+    assert tight[0].error < min(1.1 * fits[0].error, tight[0].composed_error)
+
+
+# --- one candidate alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_candidates_that_are_fitted_together_are_what_each_is_alone(name, monkeypatch):
+    """The same rows for all: then only the batch norm behind, and the last layer, are not there."""
+    monkeypatch.setattr(regression, "_ENOUGH_ROWS", 10**6)
+    gm, x = small(name)
+    data = calibration(gm, 20)
+    merges = candidates(gm, "merge")
+    parts = [known_inputs(gm, part) for part in (data.fit, data.held_out)]
+    together = refit_alone(gm, merges, *parts)
+    assert len(together) >= 2
+    for candidate in merges:
+        found = relaxed(gm, candidate)
+        fits = refit(gm, found, *parts, last=False)
+        assert (candidate in together) == (fits[0].reason == "" and candidate in together)
+        if candidate in together:
+            assert output_error(together[candidate], found, x) < 1e-6
+    assert all(parameter.grad is None for parameter in gm.parameters())
+
+
+def test_candidates_that_cannot_be_fitted_are_left_out():
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+    gm = captured(lively(nn.Sequential(*layers, nn.ReLU(), head(4))), images(2, 3, 12, 12))
+    merges = candidates(gm, "merge")
+    data = calibration(gm)
+    found = refit_alone(gm, merges, *(known_inputs(gm, part) for part in (data.fit, data.held_out)))
+    assert [candidate for candidate in merges if candidate not in found] == [c for c in merges if c.norm]
 
 
 # --- the pass ---------------------------------------------------------------------------------------------------------

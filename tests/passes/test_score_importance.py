@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -22,8 +23,8 @@ class Counting:
         self.answer = answer
         self.prepared, self.asked = [], []
 
-    def prepare(self, gm):
-        self.prepared.append(gm)
+    def prepare(self, gm, candidates):
+        self.prepared.append((gm, candidates))
 
         def score(candidate):
             self.asked.append(candidate)
@@ -38,8 +39,11 @@ def test_every_distinct_candidate_is_scored_once():
     doubled = type(enumeration)(enumeration.series, enumeration.sites * 2, ())
     estimator = Counting()
     result = ScoreImportancePass(doubled, estimator)(gm)
-    assert estimator.prepared == [gm]
-    assert estimator.asked == list(dict.fromkeys(site.candidate for site in enumeration.sites))
+    distinct = list(dict.fromkeys(site.candidate for site in enumeration.sites))
+    assert sorted(map(str, estimator.asked)) == sorted(map(str, distinct))
+    entries = [candidate.entry for candidate in estimator.asked]
+    assert len(list(itertools.groupby(entries))) == len(set(entries)) > 1  # one start after the other
+    assert estimator.prepared == [(gm, estimator.asked)]
     assert result.losses == {candidate: len(candidate.bypassed) for candidate in estimator.asked}
     assert not result.modified
     assert result.graph_module is gm

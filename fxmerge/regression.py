@@ -35,7 +35,7 @@ FEW_ROWS = 5.0
 """Rows per unknown below which a fit says little about other images than those it has seen."""
 
 _ENOUGH_ROWS = 15.0
-_HELD_OUT_ROWS = 4096
+_HELD_OUT_ROWS = 2048
 _CHUNK = 2**26
 """Bytes of patches that are gathered at once."""
 _STEPS, _PATIENCE = 60, 5

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -219,8 +220,11 @@ def _refuse_wrong_numbers(**given: float | None) -> None:
     for name, value in given.items():
         if value is None:
             continue
-        number = isinstance(value, int) if name in whole else isinstance(value, (int, float))
-        fits = number and not isinstance(value, bool) and math.isfinite(value)
+        fits = (
+            isinstance(value, Integral if name in whole else Real)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+        )
         if not fits or value < 0 or (value == 0 and name not in from_zero):
             kind = "a whole number of at least 1" if name in whole else "a number above 0"
             raise UserError(f"{name} is {value!r}; expected {'0 or ' if name in from_zero else ''}{kind}")

@@ -652,6 +652,17 @@ def test_features_without_a_merged_segment_are_refused():
         fxmerge.finetune(result, [x], teacher=model, features=1.0)
 
 
+def test_a_segment_with_a_norm_put_behind_it_is_left_out():
+    torch.manual_seed(0)
+    block = [nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*block, nn.Conv2d(4, 2, 1))
+    x = torch.randn(6, 2, 8, 8)
+    result = fxmerge.compress(model, x[:2], 0.95, runtime="macs", exclude="5", method="depth")
+    assert [each.norm for each in result.plan.merges] == ["1"]
+    with pytest.raises(UserError, match="features: no merged segment of this network has an exit to compare at"):
+        fxmerge.finetune(result, [x], teacher=model, features=1.0)
+
+
 def test_a_batch_of_one_image_that_leaves_a_batch_norm_no_variance_is_named():
     torch.manual_seed(0)
     layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]

@@ -734,6 +734,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch():
     fxmerge.finetune(result, x.split(6), **options)
     fxmerge.finetune(other, x.split(3), accelerator=accelerator(gradient_accumulation_steps=2), **options)
     assert largest_difference(weights(result.model), weights(other.model)) < 1e-6
+    fxmerge.finetune(other, x.split(2), accelerator=accelerator(gradient_accumulation_steps=2), **options)
+    assert all(parameter.grad is None for parameter in other.model.parameters())  # of the odd batch at the end
 
 
 def test_what_accelerate_cannot_do_here_is_refused(digits):

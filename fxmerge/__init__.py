@@ -9,6 +9,7 @@ from __future__ import annotations
 from .capture import capture
 from .driver import Frontier, compress, fold, frontier
 from .errors import FxmergeError
+from .finetuning import finetune
 from .plan import Plan
 from .removable import register_removable
 from .report import Report
@@ -27,6 +28,7 @@ __all__ = [
     "capture",
     "compress",
     "export",
+    "finetune",
     "fold",
     "frontier",
     "load",

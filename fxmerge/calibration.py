@@ -23,7 +23,9 @@ __all__ = [
     "parse_memory",
     "read_calibration",
     "reestimate_batch_norms",
+    "refuse_no_batches",
     "second_example",
+    "take_inputs",
 ]
 
 Batch: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -97,14 +99,14 @@ def read_calibration(
     Raises:
         UserError: a batch does not fit the model (its number in the message), or there is none.
     """
+    refuse_no_batches(batches, "calibration")
     limit = parse_memory(memory)
     device = device_of(model)
     expected = tensors(*example)
     read: list[Batch] = []
     used, truncated = 0, False
-    for number, item in enumerate(_iterate(batches)):
-        batch = _as_batch(item, take, number)
-        _refuse_foreign(batch, expected, number)
+    for number, item in enumerate(batches):
+        batch = take_inputs(item, take, expected, f"calibration batch {number}")
         used += sum(t.numel() * t.element_size() for t in tensors(*batch))
         if read and used > limit:
             truncated = True
@@ -119,35 +121,44 @@ def read_calibration(
     return Calibration(fit, held_out, images, truncated)
 
 
-def _iterate(batches: Iterable[Any]) -> Iterable[Any]:
+def refuse_no_batches(batches: object, option: str) -> None:
+    """Raise :class:`~fxmerge.errors.UserError` unless ``batches``, what ``option`` was given, can be iterated over."""
     if isinstance(batches, (Tensor, str, bytes, Mapping)) or not isinstance(batches, Iterable):
         raise UserError(
-            f"calibration is a {type(batches).__name__}; expected an iterable of batches (loader, list, generator). "
+            f"{option} is a {type(batches).__name__}; expected an iterable of batches (loader, list, generator). "
             "For a single batch pass [batch]."
         )
-    return batches
 
 
-def _as_batch(item: Any, take: Callable[[Any], Any] | None, number: int) -> Batch:
+def take_inputs(item: Any, take: Callable[[Any], Any] | None, expected: list[Tensor], name: str) -> Batch:
+    """The model's inputs out of what a loader yielded.
+
+    Args:
+        item: what it yielded.
+        take: how to take them out; without it ``item`` is a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        expected: the tensors of the example input; all but the batch axis must agree.
+        name: of the batch, for messages, such as "calibration batch 0".
+
+    Raises:
+        UserError: ``take`` failed, or what it gave is no input of the model.
+    """
     try:
         inputs = item if take is None else take(item)
     except Exception as error:
-        raise UserError(f"inputs= failed on calibration batch {number}: {type(error).__name__}: {error}") from error
+        raise UserError(f"inputs= failed on {name}: {type(error).__name__}: {error}") from error
     try:
-        return split_example(tuple(inputs) if isinstance(inputs, list) else inputs)
+        batch = split_example(tuple(inputs) if isinstance(inputs, list) else inputs)
     except UserError as error:
-        raise UserError(f"calibration batch {number} is not an input of the model: {error}") from error
-
-
-def _refuse_foreign(batch: Batch, expected: list[Tensor], number: int) -> None:
+        raise UserError(f"{name} is not an input of the model: {error}") from error
     found = tensors(*batch)
     if [_kind(t) for t in found] != [_kind(t) for t in expected]:
         raise UserError(
-            f"calibration batch {number} holds tensors of shape {[list(t.shape) for t in found]}, the example input "
+            f"{name} holds tensors of shape {[list(t.shape) for t in found]}, the example input "
             f"{[list(t.shape) for t in expected]} (dtypes {[str(t.dtype) for t in found]} and "
             f"{[str(t.dtype) for t in expected]}); all but the batch axis must agree. Say how to take the model's "
             "inputs out of a batch, for example inputs=lambda batch: batch[0]."
         )
+    return batch
 
 
 def _kind(tensor: Tensor) -> tuple[int, tuple[int, ...], torch.dtype]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .calibration import Batch
 from .graph import attribute, module_of
 
-__all__ = ["evaluate", "recorder"]
+__all__ = ["evaluate", "recorder", "recording"]
 
 
 def evaluate(
@@ -72,6 +72,22 @@ def _needed(wanted: fx.Node, known: Mapping[fx.Node, Any]) -> set[fx.Node]:
     return needed
 
 
+def recording(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    """A network on the very modules of ``gm`` that returns ``(outputs, values)``, the latter those of some nodes.
+
+    The outputs are as the graph returns them, before they are put into the model's own containers
+    (``gm.graph.process_outputs`` does that).
+    """
+    graph = fx.Graph()
+    twins: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(gm.graph, twins)
+    graph.output((outputs, [twins[node] for node in nodes]))
+    codegen = gm.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        graph.set_codegen(_PyTreeCodeGen(codegen.pytree_info._replace(out_spec=None)))
+    return fx.GraphModule(gm, graph)
+
+
 def recorder(
     gm: fx.GraphModule, nodes: Sequence[fx.Node]
 ) -> Callable[[Batch], tuple[list[Tensor], dict[fx.Node, Any]]]:
@@ -81,18 +97,11 @@ def recorder(
         A function of a batch: the floating-point outputs as in :func:`fxmerge.checks.outputs_of`, and the nodes'
         values.
     """
-    graph = fx.Graph()
-    twins: dict[fx.Node, fx.Node] = {}
-    outputs = graph.graph_copy(gm.graph, twins)
-    graph.output((outputs, [twins[node] for node in nodes]))
-    codegen = gm.graph._codegen
-    if isinstance(codegen, _PyTreeCodeGen):
-        graph.set_codegen(_PyTreeCodeGen(codegen.pytree_info._replace(out_spec=None)))
-    recording = fx.GraphModule(gm, graph)
+    network = recording(gm, nodes)
 
     def run(batch: Batch) -> tuple[list[Tensor], dict[fx.Node, Any]]:
         with torch.no_grad():
-            found, values = recording(*batch[0], **batch[1])
+            found, values = network(*batch[0], **batch[1])
         leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         return leaves, dict(zip(nodes, values, strict=True))
 

@@ -277,7 +277,7 @@ def check_evaluation(
         expected: what is known of the :class:`Subject`, by attribute.
 
     Returns:
-        The budgets as they are written in rows, each once, and what the file ``save`` holds, None where it does not exist.
+        The budgets as they are written in rows, and what the file ``save`` holds, None where it does not exist.
 
     Raises:
         BudgetError: a budget cannot be read.
@@ -285,7 +285,7 @@ def check_evaluation(
         StoreError: a file or folder is there and is not fxmerge's, or the file is of another evaluation; it is left untouched.
     """
     listed: Sequence[float | str] = [budgets] if isinstance(budgets, (str, float, int)) else list(budgets)
-    labels = list(dict.fromkeys(_label(budget, unit) for budget in listed))
+    labels = [_label(budget, unit) for budget in listed]
     if not labels:
         raise UserError("there is no budget to evaluate: name at least one, such as 0.6")
     if save_results is not None:
@@ -303,8 +303,8 @@ def check_evaluation(
         held = getattr(found.subject, name)
         if held != wanted:
             raise StoreError(
-                f"{path} is of another evaluation: its {name} is {_plain(held)}, here it is {_plain(wanted)}. It was left "
-                "untouched; name another file, or remove this one"
+                f"{path} is of another evaluation: its {name} is {_plain(held, wanted)}, here it is {_plain(wanted, held)}. It "
+                "was left untouched; name another file, or remove this one"
             )
     return labels, found
 
@@ -329,8 +329,12 @@ def _check_folder(folder: Path) -> None:
         raise StoreError(f"{folder} cannot be written: {above} is no folder, or there is no permission to write there")
 
 
-def _plain(value: Any) -> str:
-    return ", ".join(f"{key} {value[key]}" for key in sorted(value)) if isinstance(value, Mapping) else str(value)
+def _plain(value: Any, other: Any) -> str:
+    """A value for a message; of a mapping only what differs from another."""
+    if not (isinstance(value, Mapping) and isinstance(other, Mapping)):
+        return str(value)
+    differing = [key for key in sorted({*value, *other}) if value.get(key) != other.get(key)]
+    return ", ".join(f"{key} {value.get(key, 'unknown')}" for key in differing)
 
 
 def evaluate_budgets(

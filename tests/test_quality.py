@@ -226,7 +226,7 @@ class OtherCount(Macs):
     name = "macs"
 
     def environment(self):
-        return {"runtime": "macs of another kind"}
+        return {"runtime": "macs of another kind", "device": "abacus"}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ class OtherCount(Macs):
         (
             "runtime",
             lambda: make_frontier(runtime=OtherCount()),
-            "name macs, runtime macs, here it is name macs, runtime macs of another kind",
+            "device unknown, runtime macs, here it is device abacus, runtime macs of another kind",
         ),
         ("batch", lambda: make_frontier(batch=2), "1, here it is 2"),
         ("search", lambda: make_frontier(max_span=3), None),

@@ -133,7 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         "frontier",
         _frontier,
         "list all Pareto-optimal plans: latency, share of the original, loss, convolutions",
-        "nets:resnet --input-shape 1x3x224x224 --runtime macs --save plans.json",
+        "nets:resnet --input-shape 1x3x224x224 --runtime macs --save plans.json\n"
+        "  fxmerge frontier nets:resnet --input-shape 1x3x224x224 --evaluate data:accuracy --plot frontier.html",
         _search_options(),
         _measure_options(),
     )
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", action="append", default=[], help="only the plan for this budget; may be repeated"
     )
     frontier.add_argument("--save", metavar="FILE", help="write the listed plans as JSON, for fxmerge.Plan.from_json")
+    _add_evaluation(frontier)
 
     fold = command(
         "fold",
@@ -286,6 +288,25 @@ def _measure_options() -> argparse.ArgumentParser:
     return options
 
 
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group(
+        "with a metric", "compress for every budget (default: 80, 65, 50, 40, 30 %) and evaluate the merged network"
+    )
+    options.add_argument(
+        "--evaluate", metavar="NAME", help="package.module:function from a network in eval mode to a number"
+    )
+    options.add_argument(
+        "--output", metavar="FILE", help="write JSON after every budget; a second call continues what is there"
+    )
+    options.add_argument(
+        "--plot", action="append", default=[], metavar="FILE", help="draw a .png or .html; may be repeated"
+    )
+    options.add_argument(
+        "--save-results", metavar="FOLDER", help="save the result of every budget in a folder of its own"
+    )
+    options.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+
+
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     """Options that are handed on only where they are given, see :func:`_engine`."""
     options = parser.add_argument_group("options for .engine", argument_default=argparse.SUPPRESS)
@@ -365,6 +386,14 @@ def _frontier(args: argparse.Namespace) -> None:
     from .plan import format_latency
     from .runtimes import get_runtime
 
+    if args.evaluate is not None:
+        if args.save is not None:
+            args.parser.error("--save is for plans by prediction; with --evaluate say --save-results")
+        _evaluate(args)
+        return
+    for option in ("output", "plot", "save_results", "markdown"):
+        if getattr(args, option):
+            args.parser.error(f"--{option.replace('_', '-')} goes with --evaluate")
     if args.save is not None:
         _check_file(Path(args.save))
     runtime = get_runtime(_runtime(args))
@@ -393,6 +422,37 @@ def _frontier(args: argparse.Namespace) -> None:
         latency = format_latency(row["latency"], found.unit)
         lines.append(f"{latency:>14}  {row['share']:>7.1%}  {row['loss']:>10.4g}  {row['convolutions']:>12}")
     _show(args, "\n".join(lines), {"unit": found.unit, "original": found.original, "plans": rows})
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    """The frontier with a metric on it; a row is printed as soon as it is known."""
+    from .driver import frontier
+    from .plotting import check_plot, plot
+    from .quality import BUDGETS, Quality, check_evaluation, metric_name
+    from .runtimes import get_runtime
+
+    for path in args.plot:
+        check_plot(path)
+    metric = _named(args.evaluate)
+    runtime = get_runtime(_runtime(args))
+    budgets = args.budget or BUDGETS
+    known = {"metric": metric_name(metric), "runtime": {**runtime.environment(), "name": runtime.name}}
+    check_evaluation(budgets, runtime.unit, args.output, args.save_results, known)
+    source, example = _source(args)
+    found = frontier(_module(source), example, runtime=runtime, **_searching(args), **_measuring(args))
+    started = False
+
+    def show(quality: Quality) -> None:
+        nonlocal started
+        if not (args.json or args.markdown):
+            _print("\n".join(quality.lines()[-1 if started else 0 :]))
+        started = True
+
+    quality = found.evaluate(metric, budgets, save=args.output, save_results=args.save_results, on_row=show)
+    if args.json or args.markdown:
+        _show(args, quality.markdown(), quality.to_json())
+    for path in args.plot:
+        plot(quality, path)
 
 
 def _fold(args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from .graph import clone, convolutions, device_of, graph_meta, refuse_other_stru
 from .inputs import Example, batch_size, map_tensors, split_example, with_batch
 from .plan import Plan, PlanEntry, format_latency
 from .progress import progress
+from .quality import BUDGETS, Quality, Row, Subject, evaluate_budgets, metric_name, short_hash, weights_hash
 from .regression import FEW_ROWS
 from .report import Report, decide, size_of
 from .result import Result, merge_graph
@@ -189,6 +190,75 @@ class Frontier:
         refuse_other_structure(plan.structure, self._setup.base)
         plan = self._repriced(plan)
         return self._apply(plan, plan.predicted)
+
+    def evaluate(
+        self,
+        metric: Callable[[nn.Module], float],
+        budgets: Iterable[float | str] | float | str = BUDGETS,
+        *,
+        name: str | None = None,
+        save: str | os.PathLike[str] | None = None,
+        save_results: str | os.PathLike[str] | None = None,
+        on_row: Callable[[Quality], None] | None = None,
+    ) -> Quality:
+        """What the networks of several budgets are worth by your own metric.
+
+        Every budget is compressed as by :meth:`compress`; the metric is given the merged network, and once the folded
+        original. Nothing is fine-tuned. A budget out of reach is a row that says so.
+
+        Args:
+            metric: from a network in eval mode, a copy of its own, to a number; larger or smaller may be better.
+            budgets: see :meth:`at`; by default 80, 65, 50, 40 and 30 % of the original.
+            name: what the metric is called, by default as its function. Two metrics of one name are taken for one.
+            save: JSON file that is written after every row. Where it exists the evaluation continues it: budgets that
+                it holds are not evaluated again, and stay part of what is returned.
+            save_results: folder in which the result of each budget is saved before its metric: that of "60%" in
+                ``60pct``, that of "8ms" in ``8ms``, for :func:`fxmerge.load`. A budget whose folder is missing is
+                evaluated again.
+            on_row: called with the quality so far: first with what is known without a budget, then after every row,
+                which is the last.
+
+        Raises:
+            BudgetError: a budget cannot be read; found before anything is evaluated, as the next three.
+            UserError: the metric is no function, there is no budget, or a path cannot be written. Later: the metric
+                returned no number.
+            StoreError: the file is of another evaluation (network, weights, runtime, options, metric), or a file or
+                folder is not fxmerge's; it is left untouched.
+            UnsupportedError: the network holds tensors that cannot be hashed, such as sparse ones.
+
+        Example:
+            >>> import torch, fxmerge
+            >>> net = torch.nn.Sequential(*[torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)])
+            >>> found = fxmerge.frontier(net, torch.randn(1, 4, 8, 8), runtime="macs", max_kernel=3)
+            >>> quality = found.evaluate(lambda network: len(list(network.children())), [0.5], name="layers")
+            >>> [(row.budget, row.metric) for row in quality.networks]
+            [('original', 4.0), ('50%', 2.0)]
+        """
+        setup = self._setup
+        subject = Subject(
+            network=type(setup.base).__name__,
+            structure=short_hash(self._structure),
+            weights=weights_hash(setup.base),
+            runtime={**setup.runtime.environment(), "name": setup.runtime.name},
+            unit=self.unit,
+            batch=setup.batch,
+            search=str(setup.limits),
+            data=_about_data(setup.calibration, setup.estimator, setup.fit),
+            metric=metric_name(metric, name),
+        )
+        size = size_of(setup.base)
+        latencies = (self.original, self.original, self.original, self.original)
+        original = Row("original", *latencies, size.convolutions, size.parameters, float("nan"))
+        return evaluate_budgets(
+            Quality(subject, original, ()),
+            lambda: merge_graph(setup.base),
+            self.compress,
+            metric,
+            budgets,
+            save=save,
+            save_results=save_results,
+            on_row=on_row,
+        )
 
     def _apply(self, plan: Plan, requested: float) -> Result:
         measured, original = self._measure(self._install(plan, None)[0])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "digits"))
 
-from data import accuracy, batches, load
+from data import accuracy, batches, calibration, load
 from model import DigitsResNet, pretrained
 from train import shift, train
 
@@ -53,6 +53,12 @@ def test_batches_are_seeded_and_reshuffled_every_epoch():
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     assert torch.equal(first.sort().values, load("calibration")[1].sort().values)
+
+
+def test_calibration_batches_are_the_first_images_without_labels():
+    parts = calibration()
+    assert [part.shape for part in parts] == [(32, 1, 28, 28)] * 5
+    assert torch.equal(torch.cat(parts), load("calibration")[0][:160])
 
 
 def test_shift_moves_each_image_and_fills_with_background():

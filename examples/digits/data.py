@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-__all__ = ["ARCHIVE", "SPLITS", "Split", "accuracy", "batches", "load"]
+__all__ = ["ARCHIVE", "SPLITS", "Split", "accuracy", "batches", "calibration", "load"]
 
 ARCHIVE = Path(__file__).with_name("mnist.npz")
 Split = Literal["train", "calibration", "test"]
@@ -40,6 +40,12 @@ def batches(split: Split, size: int = 64, seed: int = 0) -> DataLoader[tuple[Ten
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def calibration() -> tuple[Tensor, ...]:
+    """160 images of the split ``calibration`` in batches of 32, no labels: for fxmerge on the command line."""
+    images, _ = load("calibration")
+    return images[:160].chunk(5)
 
 
 @torch.no_grad()

@@ -285,6 +285,7 @@ def _measure_options() -> argparse.ArgumentParser:
     options.add_argument(
         "--importance", default="auto", help="distortion (default with calibration) or magnitude (default without)"
     )
+    options.add_argument("--fit", default="auto", help="refit (default with calibration) or compose (default without)")
     return options
 
 
@@ -773,6 +774,7 @@ def _measuring(args: argparse.Namespace) -> dict[str, Any]:
         "calibration": None if args.calibration is None else _named(args.calibration)(),
         "inputs": None if args.inputs is None else _named(args.inputs),
         "importance": args.importance,
+        "fit": args.fit,
     }
 
 

@@ -205,13 +205,22 @@ def test_options_reach_the_library(capsys, monkeypatch):
     monkeypatch.setattr("fxmerge.driver.compress", compress)
     command = ("compress", "clinets:instance", "--input", "clinets:example", "--budget", "8ms", "--threads", "3")
     search = ("--method", "depth", "--max-kernel", "5", "--max-span", "4", "--exit-activation", "--levels", "9")
-    measure = ("--calibration", "clinets:pairs", "--inputs", "clinets:first", "--importance", "magnitude")
+    measure = (
+        "--calibration",
+        "clinets:pairs",
+        "--inputs",
+        "clinets:first",
+        "--importance",
+        "magnitude",
+        "--fit",
+        "compose",
+    )
     assert refused(capsys, *command, *search, *measure) == "seen enough"
     assert seen["budget"] == "8ms"
     assert repr(seen["runtime"]) == "OnnxRuntime(threads=3)"
     expected = {"method": "depth", "max_kernel": 5, "max_span": 4, "exit_activation": True, "levels": 9}
     assert {name: seen[name] for name in expected} == expected
-    assert seen["importance"] == "magnitude"
+    assert (seen["importance"], seen["fit"]) == ("magnitude", "compose")
     assert seen["model"] is importlib.import_module("clinets").instance
     assert seen["inputs"] is importlib.import_module("clinets").first
     assert [len(pair) for pair in seen["calibration"]] == [2, 2]
@@ -219,8 +228,18 @@ def test_options_reach_the_library(capsys, monkeypatch):
 
     seen.clear()
     refused(capsys, "compress", "clinets:net", *SHAPE, "--budget", "0.5")
-    assert set(seen) == {"budget", "model", "example", "runtime", "calibration", "inputs", "importance", "levels"}
-    assert (seen["runtime"], seen["calibration"], seen["levels"]) == ("auto", None, None)
+    assert set(seen) == {
+        "budget",
+        "model",
+        "example",
+        "runtime",
+        "calibration",
+        "inputs",
+        "importance",
+        "fit",
+        "levels",
+    }
+    assert (seen["runtime"], seen["calibration"], seen["fit"], seen["levels"]) == ("auto", None, "auto", None)
 
 
 def test_calibration_comes_from_a_function(capsys):

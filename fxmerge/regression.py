@@ -8,8 +8,8 @@ the images, less their means, one of three systems is solved for a ridge of stre
 - where there are fewer rows than unknowns, the dual (P P' + r I) A = T, W = P' A;
 - where neither matrix fits into memory, the normal equations by conjugate gradients, never formed.
 
-Rows are drawn at random, fifteen for an unknown at most. A ridge draws towards zero and towards prior weights; images that no system has seen choose between strengths, and between all of
-these and the prior weights as they are.
+Rows are drawn at random, fifteen for an unknown at most. A ridge draws towards zero and towards prior weights; images
+that no system has seen choose between strengths, and between all of these and the prior weights as they are.
 """
 
 from __future__ import annotations

@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import sys
 import textwrap
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -285,6 +288,12 @@ def _measure_options() -> argparse.ArgumentParser:
     options.add_argument(
         "--importance", default="auto", help="distortion (default with calibration) or magnitude (default without)"
     )
+    options.add_argument(
+        "--importance-table", metavar="FILE", help="keep every loss at once; the next run scores only what is missing"
+    )
+    options.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes that score candidates (default: this one)"
+    )
     options.add_argument("--fit", default="auto", help="refit (default with calibration) or compose (default without)")
     return options
 
@@ -373,7 +382,8 @@ def _compress(args: argparse.Namespace) -> None:
     runtime = _runtime(args)
     source, example = _source(args)
     options = {**_searching(args), **_measuring(args), "runtime": runtime, "levels": args.levels}
-    result = compress(_module(source), example, args.budget, **options)
+    with _workers(args) as executor:
+        result = compress(_module(source), example, args.budget, executor=executor, **options)
     if args.output is not None:
         result.save(args.output)
     _show(args, str(result.report), {"plan": _plan_data(result.plan), "report": result.report.to_json()})
@@ -401,7 +411,9 @@ def _frontier(args: argparse.Namespace) -> None:
     for budget in args.budget:
         parse_budget(budget, runtime.unit)
     source, example = _source(args)
-    found = frontier(_module(source), example, runtime=runtime, **_searching(args), **_measuring(args))
+    options = {**_searching(args), **_measuring(args), "runtime": runtime}
+    with _workers(args) as executor:
+        found = frontier(_module(source), example, executor=executor, **options)
     plans = [found.at(budget) for budget in args.budget] or [found.plan(index) for index in range(len(found))]
     if args.save is not None:
         Path(args.save).write_text(
@@ -774,8 +786,15 @@ def _measuring(args: argparse.Namespace) -> dict[str, Any]:
         "calibration": None if args.calibration is None else _named(args.calibration)(),
         "inputs": None if args.inputs is None else _named(args.inputs),
         "importance": args.importance,
+        "importance_table": args.importance_table,
         "fit": args.fit,
     }
+
+
+def _workers(args: argparse.Namespace) -> AbstractContextManager[Executor | None]:
+    if args.workers is None:
+        return nullcontext()
+    return ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"))
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,9 @@ from .errors import BudgetError, PlanError, UnsupportedError, UserError
 from .estimators import Estimator, get_estimator
 from .fitting import Refitted, apply_candidates, resolve_fit
 from .graph import clone, convolutions, device_of, graph_meta, refuse_other_structure, structure
+from .importance import open_table
 from .inputs import Example, batch_size, map_tensors, split_example, with_batch
+from .performance import as_estimator, installing
 from .plan import Plan, PlanEntry, format_latency
 from .progress import progress
 from .quality import BUDGETS, Quality, Row, Subject, evaluate_budgets, metric_name, short_hash, weights_hash
@@ -465,7 +468,7 @@ def compress(
     runtime: str | Runtime = "auto",
     calibration: Iterable[Any] | None = None,
     inputs: Callable[[Any], Any] | None = None,
-    importance: str | Estimator = "auto",
+    importance: str | Estimator | Callable[[nn.Module], float] = "auto",
     fit: str = "auto",
     method: str = "layermerge",
     levels: int | None = None,
@@ -487,15 +490,16 @@ def compress(
             "torch", "macs": counted), or a :class:`~fxmerge.runtimes.Runtime`.
         calibration: iterable of inputs, read once, cached up to ``memory``; feeds statistics and importance. No labels.
         inputs: how to take the model's inputs out of a batch, such as ``lambda batch: batch[0]``; never guessed.
-        importance: "distortion" (default with calibration), "magnitude" (default without), or an
-            :class:`~fxmerge.estimators.Estimator`.
+        importance: "distortion" (default with calibration), "magnitude" (default without), an
+            :class:`~fxmerge.estimators.Estimator` such as :class:`~fxmerge.performance.Finetune`, or a function of a model that
+            returns a score, larger is better.
         fit: "refit" (default with calibration): merged convolutions are fitted to the original on the calibration inputs, in
             closed form. "compose" (default without): merged weights are composed, as in the paper, and batch-norm statistics
             re-estimated where there is calibration data.
         method: "layermerge", or the paper's baselines "depth" (no convolution goes) and "layer" (nothing merges).
         levels: use the paper's Algorithm 1 with that many latency levels instead of the exact frontier.
         options: those of :func:`frontier`: include, exclude, batch, max_span, max_kernel, exit_activation, max_points, memory,
-            store, measure_seconds.
+            store, measure_seconds, executor, importance_table.
 
     Returns:
         The trainable model with ``merge()``, ``plan``, ``report`` and ``save()``.
@@ -544,7 +548,7 @@ def frontier(
     runtime: str | Runtime = "auto",
     calibration: Iterable[Any] | None = None,
     inputs: Callable[[Any], Any] | None = None,
-    importance: str | Estimator = "auto",
+    importance: str | Estimator | Callable[[nn.Module], float] = "auto",
     fit: str = "auto",
     method: str = "layermerge",
     include: str | Iterable[str] = (),
@@ -557,6 +561,8 @@ def frontier(
     memory: str | int = "2GiB",
     store: str | os.PathLike[str] | None = "default",
     measure_seconds: float = 1.0,
+    executor: Executor | None = None,
+    importance_table: str | os.PathLike[str] | None = None,
 ) -> Frontier:
     """Everything up to the choice: all Pareto-optimal plans of a network, for every budget at once.
 
@@ -581,9 +587,14 @@ def frontier(
         memory: bound on cached calibration inputs, such as "2GiB".
         store: file of measured latencies; "default" is one in the user's cache folder, None keeps nothing.
         measure_seconds: how long each network is timed against the original.
+        executor: scores candidates: any ``concurrent.futures.Executor``, or :class:`fxmerge.clusters.RayExecutor`; None scores
+            here, one after the other. It changes no loss.
+        importance_table: file that keeps every loss as soon as it is known; the next run for the same model, data and estimator
+            scores only what is missing, and one for others is refused. None keeps nothing.
 
     Raises:
         UserError: see :func:`compress`.
+        StoreError: importance_table was made for something else, or cannot be written.
     """
     seconds: dict[str, float] = {}
     chosen = get_runtime(runtime)
@@ -596,7 +607,8 @@ def frontier(
         submodules(model, "exclude", exclude),
     )
     fit = resolve_fit(fit, calibrated=calibration is not None)
-    get_estimator(importance, None if calibration is None else Calibration((), (), 0, False))
+    chosen_importance = as_estimator(importance)
+    get_estimator(chosen_importance, None if calibration is None else Calibration((), (), 0, False))
     for name, value in (("max_points", max_points), ("batch", batch)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UserError(f"{name} must be a whole number of at least 1 or None, not {value!r}")
@@ -610,9 +622,18 @@ def frontier(
     try:
         with _stage(seconds, "capture", "Capturing the model"):
             setup = _set_up(
-                model, example_input, chosen, calibration, inputs, importance, limits, fit, batch=batch, memory=memory
+                model,
+                example_input,
+                chosen,
+                calibration,
+                inputs,
+                chosen_importance,
+                limits,
+                fit,
+                batch=batch,
+                memory=memory,
             )
-        return _solve(setup, kept, seconds, max_points, measure_seconds)
+        return _solve(setup, kept, seconds, max_points, measure_seconds, executor, importance_table)
     finally:
         if kept is not None:
             kept.close()
@@ -649,7 +670,7 @@ def _set_up(
     read = None if calibration is None else read_calibration(calibration, inputs, base, example, memory)
     if read is not None and read.truncated:
         notes.append(f"calibration stopped at {read.images} images: memory={memory!r} was full")
-    estimator = get_estimator(importance, read, fit, memory)
+    estimator = installing(get_estimator(importance, read, fit, memory), read, fit, parse_memory(memory))
     return _Setup(
         base,
         example,
@@ -665,14 +686,24 @@ def _set_up(
 
 
 def _solve(
-    setup: _Setup, store: LatencyStore | None, seconds: dict[str, float], max_points: int | None, measure_seconds: float
+    setup: _Setup,
+    store: LatencyStore | None,
+    seconds: dict[str, float],
+    max_points: int | None,
+    measure_seconds: float,
+    executor: Executor | None,
+    importance_table: str | os.PathLike[str] | None,
 ) -> Frontier:
     from .passes.enumerate_segments import enumerate_segments
     from .passes.profile_latency import Deployed, profile_latency
     from .passes.score_importance import score_importance
     from .passes.select_segments import selection_problem
+    from .workers import check_executor
 
     runtime, base = setup.runtime, setup.base
+    check_executor(executor, base, setup.estimator)
+    if importance_table is not None:
+        open_table(importance_table, base, setup.estimator).close()  # refuses before anything is measured
     with _stage(seconds, "analyse", "Listing candidates"):
         enumeration = enumerate_segments(base, setup.limits)
     with _stage(seconds, "measure", "Measuring layers"):
@@ -685,7 +716,7 @@ def _solve(
     useful = tuple(site for site in enumeration.sites if table.of(site.candidate) < table.replaced(site.candidate))
     worth = replace(enumeration, sites=useful)
     with _stage(seconds, "score", "Scoring candidates"):
-        losses = score_importance(base, worth, setup.estimator)
+        losses = score_importance(base, worth, setup.estimator, executor, importance_table)
     with _stage(seconds, "solve", "Solving"):
         points = solve(selection_problem(worth, table, losses), max_points=max_points)
     return Frontier(setup, enumeration, useful, table, losses, points, original, timer, seconds, measure_seconds)

@@ -193,6 +193,11 @@ class Distortion:
         self.memory = parse_memory(memory)
         self.fit = fit
 
+    @property
+    def by_start(self) -> bool:
+        """Whether merges that start at one value belong to one worker: they are fitted together."""
+        return self.fit == "refit"
+
     def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:
         """Run the original once; with ``refit``, merges that start at one value are fitted together when the first is asked for."""
         from .passes.refit import refit_alone

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import itertools
 import operator
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -199,13 +200,17 @@ def clone(gm: fx.GraphModule, *, share_parameters: bool = False) -> fx.GraphModu
     return _deep_copy(gm, {id(parameter): parameter for parameter in gm.parameters()} if share_parameters else {})
 
 
+_COPYING = threading.RLock()
+"""Warning filters belong to the whole process: threads that copy graphs take turns."""
+
+
 def _deep_copy(gm: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
     """The copy that torch makes, less its faults.
 
     Those are: the nodes' plain data is shared, buffers of the root become persistent, the class loses its name, and
     torch warns of its own pytree specs.
     """
-    with warnings.catch_warnings():
+    with _COPYING, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         copied = fx.GraphModule.__deepcopy__(gm, memo)
     type(copied).__name__ = type(gm).__name__

@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 from .errors import StoreError, UnsupportedError, UserError
 from .graph import CanonicalGraph
 
-__all__ = ["graph_to_json", "load_documents", "load_graph", "save_graph", "state_tensors"]
+__all__ = ["graph_from_json", "graph_to_json", "load_documents", "load_graph", "save_graph", "state_tensors"]
 
 _FAMILY = "fxmerge.graph/"
 _FORMAT = f"{_FAMILY}1"
@@ -111,6 +111,23 @@ def graph_to_json(gm: fx.GraphModule) -> dict[str, Any]:
     if _META in gm.meta:
         description["meta"] = _encode(gm.meta[_META], "the meta of the graph")
     return description
+
+
+def graph_from_json(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], *, device: torch.device | str | None = None
+) -> fx.GraphModule:
+    """Build the graph that :func:`graph_to_json` described, over these very tensors.
+
+    Args:
+        description: of the graph.
+        tensors: as :func:`state_tensors` returns them, on the device where they are to be.
+        device: what all devices written in the graph become; by default what they were.
+
+    Raises:
+        StoreError: the description is damaged, or names a class or function outside fxmerge's list.
+    """
+    with _reading("a graph that was sent"):
+        return _rebuild(dict(description), tensors, None if device is None else torch.device(device))
 
 
 def state_tensors(gm: fx.GraphModule) -> tuple[dict[str, Tensor], dict[str, str]]:

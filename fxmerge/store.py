@@ -6,16 +6,15 @@ import hashlib
 import json
 import math
 import os
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias, TypeVar
 
-from .errors import StoreError, UserError
+from .database import Database
+from .errors import UserError
 from .runtimes import LayerSignature, Runtime, Signature, signature_from_key
 
 __all__ = ["Entry", "Environment", "Inside", "LatencyStore", "default_path", "measured"]
@@ -27,23 +26,7 @@ Inside: TypeAlias = Callable[
 ]
 """Measures what is missing inside networks: takes the runtime, the signatures, where to put each, and (done, all)."""
 
-_APPLICATION_ID = 0x66786D67  # "fxmg": marks the file as ours, in bytes 68 to 71 of SQLite's header
-_VERSION = 1
 _NEVER = "9999"  # later than every date
-_SCHEMA = (
-    f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {_VERSION}",
-    """
-    CREATE TABLE latency (
-        environment TEXT NOT NULL,
-        signature TEXT NOT NULL,
-        latency REAL NOT NULL,
-        unit TEXT NOT NULL,
-        measured_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
-        PRIMARY KEY (environment, signature)
-    ) WITHOUT ROWID
-    """,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +67,8 @@ class Environment:
         return _identity(_canonical(self.values))
 
 
-class LatencyStore:
-    """Latencies on disk, by what they depend on and by layer.
-
-    Any number of processes may use one file at the same time, and a process that is killed loses at most
-    the entry it was writing. A store is used by the thread that opened it, and is a context manager.
+class LatencyStore(Database):
+    """Latencies on disk, by what they depend on and by layer; see :class:`~fxmerge.database.Database`.
 
     Args:
         path: the file, created when missing; None is :func:`default_path`.
@@ -105,30 +85,24 @@ class LatencyStore:
         0
     """
 
-    def __init__(self, path: Path | None = None, *, readonly: bool = False) -> None:
-        self.path = default_path() if path is None else Path(path)
-        with self._errors():
-            if readonly and not self.path.exists():
-                raise StoreError(f"there is no latency store at {self.path}")
-            if not readonly:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            # before SQLite sees the file: opening a foreign one may already change it (a write-ahead log)
-            self._refuse_foreign()
-            # autocommit: every statement is a transaction of its own
-            self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        try:
-            with self._errors():
-                if readonly:
-                    self._only_read()
-                else:
-                    self._create()
-                self._check_sound()
-        except StoreError:
-            self._connection.close()
-            raise
+    what = "latency store"
+    application_id = 0x66786D67  # "fxmg"
+    schema = (
+        """
+        CREATE TABLE latency (
+            environment TEXT NOT NULL,
+            signature TEXT NOT NULL,
+            latency REAL NOT NULL,
+            unit TEXT NOT NULL,
+            measured_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
+            PRIMARY KEY (environment, signature)
+        ) WITHOUT ROWID
+        """,
+    )
+    elsewhere = "set FXMERGE_CACHE to another folder"
 
-    def __repr__(self) -> str:
-        return f"LatencyStore({str(self.path)!r})"
+    def __init__(self, path: Path | None = None, *, readonly: bool = False) -> None:
+        super().__init__(default_path() if path is None else Path(path), readonly=readonly)
 
     def get(self, environment: Mapping[str, str], signatures: Iterable[_Signature]) -> dict[_Signature, float]:
         """The latencies that are known for these layers in exactly this environment."""
@@ -253,63 +227,6 @@ class LatencyStore:
             added = self._count() - entries
             return added, connection.total_changes - changes - added
 
-    def close(self) -> None:
-        """Close the file; the store cannot be used after."""
-        self._connection.close()
-
-    def __enter__(self) -> LatencyStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _refuse_foreign(self) -> None:
-        try:
-            with self.path.open("rb") as file:
-                header = file.read(100)
-        except FileNotFoundError:
-            return
-        # an empty file is one that another process is creating at this moment, or that a crash left
-        if header and (
-            not header.startswith(b"SQLite format 3\0") or header[68:72] != _APPLICATION_ID.to_bytes(4, "big")
-        ):
-            raise StoreError(
-                f"{self.path} is not a latency store of fxmerge; it was left untouched. Move it away, or "
-                "set FXMERGE_CACHE to another folder."
-            )
-
-    def _create(self) -> None:
-        """Make the table where there is none."""
-        with self._transaction():  # one process creates, the others wait; fails where nothing can be written
-            if self._check_version() == 0:
-                for statement in _SCHEMA:
-                    self._connection.execute(statement)
-
-    def _only_read(self) -> None:
-        if self._check_version() == 0:
-            raise StoreError(f"there is no latency store at {self.path}: the file is empty")
-        self._connection.execute("PRAGMA query_only = ON")
-
-    def _check_version(self) -> int:
-        """The file's format; 0 for an empty file."""
-        version: int = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > _VERSION:
-            raise StoreError(
-                f"{self.path} was written by a newer fxmerge (format {version}, this one reads {_VERSION}); "
-                "it was left untouched. Upgrade it, or set FXMERGE_CACHE to another folder."
-            )
-        return version
-
-    def _check_sound(self) -> None:
-        (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-
     def _grouped(self, before: str) -> list[tuple[str, Environment]]:
         """What was measured before a date: each environment's text with its summary."""
         rows = self._connection.execute(
@@ -324,28 +241,6 @@ class LatencyStore:
     def _count(self) -> int:
         count: int = self._connection.execute("SELECT count(*) FROM latency").fetchone()[0]
         return count
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and no other process writes meanwhile."""
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._connection
-        except BaseException:
-            if self._connection.in_transaction:  # SQLite may have rolled back itself, as it does when the disk is full
-                self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(
-                f"the latency store {self.path} cannot be used: {error}. Move it away, or set "
-                "FXMERGE_CACHE to a folder that can be written."
-            ) from error
 
 
 def default_path() -> Path:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import fxmerge
 from fxmerge.algebra import Geometry
 from fxmerge.cli import _age, main
+from fxmerge.importance import ImportanceTable
 from fxmerge.runtimes import LayerSignature, OpSignature
 from fxmerge.store import LatencyStore
 
@@ -238,6 +239,8 @@ def test_options_reach_the_library(capsys, monkeypatch):
         "importance",
         "fit",
         "levels",
+        "executor",
+        "importance_table",
     }
     assert (seen["runtime"], seen["calibration"], seen["fit"], seen["levels"]) == ("auto", None, "auto", None)
 
@@ -263,8 +266,9 @@ def test_the_seed_decides_random_weights(capsys):
 
 
 def test_frontier_prints_a_row_for_every_plan_and_saves_them(capsys, folder):
+    nets = importlib.import_module("clinets")  # draws numbers, the first time
     torch.manual_seed(0)
-    net = importlib.import_module("clinets").Net()
+    net = nets.Net()
     found = fxmerge.frontier(net, torch.randn(2, 3, 12, 12), runtime="macs")
     out = run(capsys, "frontier", "clinets:net", *SHAPE, *MACS, "--save", "plans.json")
     first, _, head, *rows = out.splitlines()
@@ -389,6 +393,20 @@ def test_a_reader_that_stops_reading_does_no_harm(folder, monkeypatch):
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(["fold", "clinets:net", *SHAPE, "--export", "unread.pt2"]) == 0
     assert (folder / "unread.pt2").exists()
+
+
+def test_frontier_scores_in_processes_and_keeps_a_table(capsys, folder, monkeypatch):
+    command = ("frontier", "clinets:net", *SHAPE, *MACS, "--calibration", "clinets:images", "--json")
+    expected = run(capsys, *command)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    assert run(capsys, *command, "--workers", "1", "--importance-table", "table.sqlite") == expected
+    monkeypatch.setattr("fxmerge.workers._send", lambda *_: pytest.fail("something was scored again"))
+    assert run(capsys, *command, "--workers", "1", "--importance-table", "table.sqlite") == expected
+    with ImportanceTable(folder / "table.sqlite") as table:
+        assert len(table) > 0
+    refusal = refused(capsys, *command, "--seed", "1", "--importance-table", "table.sqlite")
+    assert refusal.startswith("the importance table table.sqlite was made for something else; what differs: ")
+    assert "weights (" in refusal
 
 
 # --- the store --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "ray",
     "rich",
     "scipy",
     "sklearn",

@@ -52,7 +52,7 @@ def test_every_distinct_candidate_is_scored_once():
 def test_losses_are_the_estimators():
     gm, _ = small("inverted")
     enumeration = enumerate_segments(gm)
-    score = Magnitude().prepare(gm)
+    score = Magnitude().prepare(gm, ())
     found = ScoreImportancePass(enumeration, Magnitude())(gm).losses
     assert found == {site.candidate: score(site.candidate) for site in enumeration.sites}
 

@@ -7,7 +7,7 @@ provider, ``--results FILE`` writes elsewhere.
 
 Of every case, in one run:
 
-1. Rewrites: ten random plans are built, exported and timed in turns with the original. Shown is the error of the
+1. Rewrites: ten random plans are built, exported and timed in turns with the original, in two sessions each. Shown is the error of the
    prediction, the sum of fxmerge's table, and beside it that of the paper's protocol: every layer alone, mean of its runs,
    added up; and of that with one scale, from the original. The plans are drawn by another generator than the covering
    networks that the table was measured in.
@@ -151,13 +151,16 @@ def rewrite(
 ) -> dict[str, Any]:
     """Predicted and measured latency of one plan, as shares of the original."""
     plan = frontier._priced(chosen)
-    measured, original = frontier._measure(frontier._install(plan, None)[0])
-    timings += [measured, original]
-    share = measured.latency / original.latency
+    network = frontier._install(plan, None)[0]
+    # Two sessions of one network may differ by more than its runs do: where its memory lies is part of what it takes.
+    pairs = [frontier._measure(network) for _ in range(2)]
+    timings += [timing for pair in pairs for timing in pair]
+    measured, original = (min(timing.latency for timing in each) for each in zip(*pairs, strict=True))
+    share = measured / original
     record = {"candidates": len(chosen), "measured": share, "predicted": plan.predicted / frontier.original}
     if alone is not None:
         total = alone.total(chosen)
-        record["alone"] = total / original.latency
+        record["alone"] = total / original
         record["alone, scaled"] = total / alone.total(())
     return record
 

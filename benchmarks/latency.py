@@ -7,10 +7,10 @@ provider, ``--results FILE`` writes elsewhere.
 
 Of every case, in one run:
 
-1. Rewrites: ten random plans are built, exported and timed in turns with the original, in two sessions each. Shown is the error of the
-   prediction, the sum of fxmerge's table, and beside it that of the paper's protocol: every layer alone, mean of its runs,
-   added up; and of that with one scale, from the original. The plans are drawn by another generator than the covering
-   networks that the table was measured in.
+1. Rewrites: ten random plans are built, exported and timed in turns with the original, in two sessions each. Shown is
+   the error of the prediction, the sum of fxmerge's table, and beside it that of the paper's protocol: every layer alone,
+   mean of its runs, added up; and of that with one scale, from the original. The plans are drawn by another generator than
+   the covering networks that the table was measured in.
 2. Budgets: the closed loop's first network against its prediction; the delivered network, measured afresh, against what
    was requested; and the next larger plan of the frontier, which has to be over the budget.
 3. Counting instead of measuring: the same budget asked of ``macs``, and what the network that comes out takes on the runtime.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -44,6 +45,9 @@ __all__ = ["Composed", "Run", "compose", "compose_geometry", "convolve", "exact_
 
 _Map = TypeVar("_Map", "Composed", Geometry)
 
+_WEIGHT = 10
+"""Multiply-accumulates that take as long as reading a weight: at a few pixels that is what a convolution takes."""
+
 _TOLD = ("shared", "padding-mode", "batch-statistics", "in-place")
 """Reasons that keep a convolution or batch norm from folding and that a user may be able to remove."""
 
@@ -57,19 +61,31 @@ class Run:
         exit: the value that they give.
         nodes: the operations, ``exit`` among them.
         conv_map: what they compute.
-        cost: multiply-accumulates of one image, apart.
+        macs: multiply-accumulates of one image, apart.
+        weights: of all convolutions, apart.
     """
 
     entry: fx.Node
     exit: fx.Node
     nodes: tuple[fx.Node, ...]
     conv_map: ConvMap
-    cost: int
+    macs: int
+    weights: int
 
     @property
-    def folded_cost(self) -> int:
+    def folded_macs(self) -> int:
         """Multiply-accumulates of one image as one convolution."""
         return self.conv_map.geometry.macs(shape_of(self.entry)[2:])
+
+    @property
+    def folded_weights(self) -> int:
+        """Weights of that convolution."""
+        return math.prod(self.conv_map.geometry.weight_shape)
+
+    @property
+    def gain(self) -> int:
+        """How much less one convolution takes, in multiply-accumulates of one image; reading a weight counts as several."""
+        return self.macs - self.folded_macs + _WEIGHT * (self.weights - self.folded_weights)
 
     @property
     def saved(self) -> int:
@@ -285,7 +301,7 @@ class _Search:
                 total = first if stop == start + 1 else self._then(total, steps[stop - 1])
                 if total is None:
                     break
-                if not (total.cost and total.saved > 0 and _is_closed(total) and _reads_in_time(total)):
+                if not (total.macs and total.saved > 0 and _is_closed(total) and _reads_in_time(total)):
                     continue
                 if self._holds(total) and self._pays(total):
                     yield start, stop, total
@@ -305,7 +321,8 @@ class _Search:
             return None
         if composed.sides:
             return None
-        return Run(entry, region.exit, nodes, composed.conv_map, sum(self._cost(node) for node in nodes))
+        macs, weights = (sum(each) for each in zip(*map(self._costs, nodes), strict=True))
+        return Run(entry, region.exit, nodes, composed.conv_map, macs, weights)
 
     def _linear(self, node: fx.Node) -> bool:
         if node.target in JOINS:
@@ -317,11 +334,12 @@ class _Search:
             self._refuse(what.code, (node,), f"{node_id(node)!r} cannot fold: {what.reason}")
         return isinstance(what, Linear) or (isinstance(what, Removable) and what.free)
 
-    def _cost(self, node: fx.Node) -> int:
+    def _costs(self, node: fx.Node) -> tuple[int, int]:
+        """Multiply-accumulates and weights of an operation."""
         module = module_of(self.gm, node)
-        return (
-            conv_geometry(module).macs(shape_of(node.all_input_nodes[0])[2:]) if isinstance(module, CONVOLUTIONS) else 0
-        )
+        if not isinstance(module, CONVOLUTIONS):
+            return 0, 0
+        return conv_geometry(module).macs(shape_of(node.all_input_nodes[0])[2:]), module.weight.numel()
 
     def _then(self, first: Run | None, second: Run | None) -> Run | None:
         if first is None or second is None:
@@ -330,10 +348,10 @@ class _Search:
         try:
             conv_map = first.conv_map.then(second.conv_map)
         except InexactError as error:
-            if first.cost:
+            if first.macs:
                 self._refuse(error.code, nodes, str(error))
             return None
-        return Run(first.entry, second.exit, nodes, conv_map, first.cost + second.cost)
+        return Run(first.entry, second.exit, nodes, conv_map, first.macs + second.macs, first.weights + second.weights)
 
     def _holds(self, run: Run) -> bool:
         """Whether a convolution can be padded as the run is: with zeros."""
@@ -344,11 +362,12 @@ class _Search:
         return False
 
     def _pays(self, run: Run) -> bool:
-        if run.folded_cost <= run.cost:
+        if run.gain >= 0:
             return True
         last = max(index for index, node in enumerate(run.nodes) if is_convolution(self.gm, node))
         reason = (
-            f"one convolution would take {run.folded_cost} multiply-accumulates an image, apart they take {run.cost}"
+            f"one convolution would take {run.folded_macs} multiply-accumulates an image and have {run.folded_weights} weights, "
+            f"apart they take {run.macs} and have {run.weights}"
         )
         self._refuse("costs-more", run.nodes[: last + 1], reason)
         return False
@@ -373,7 +392,7 @@ def _reads_in_time(run: Run) -> bool:
 
 
 def _cheapest(runs: Iterable[tuple[int, int, Run]], length: int) -> list[tuple[int, int, Run]]:
-    """The disjoint runs that save most multiply-accumulates, then most operations."""
+    """The disjoint runs that gain most, then those that save most operations."""
     ending: dict[int, list[tuple[int, int, Run]]] = {}
     for each in runs:
         ending.setdefault(each[1], []).append(each)
@@ -384,7 +403,7 @@ def _cheapest(runs: Iterable[tuple[int, int, Run]], length: int) -> list[tuple[i
         chosen.append(None)
         for start, _, run in ending.get(stop, ()):
             saved, fewer = best[start]
-            value = saved + run.cost - run.folded_cost, fewer + run.saved
+            value = saved + run.gain, fewer + run.saved
             if value > best[stop]:
                 best[stop], chosen[stop] = value, (start, stop, run)
     picked: list[tuple[int, int, Run]] = []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -130,28 +131,37 @@ def test_signature_key_is_fixed():
     )
 
 
-def test_interleave_takes_minima_in_alternating_rounds():
+def test_interleave_takes_minima_of_turns_of_two_runs_or_more():
     order = []
 
     def timer(name, latencies):
-        values = iter(latencies)
+        left = iter(latencies)
 
         def run():
             order.append(name)
-            return next(values)
+            return next(left)
 
         return run
 
-    timings = interleave([timer("a", [5.0, 2.0, 4.0, 2.5]), timer("b", [1.0, 9.0, 9.0, 1.0])], 0, min_rounds=4)
-    assert order == ["a", "b"] * 4
-    assert timings == [Timing(2.0, 0.25, 4), Timing(1.0, 0.0, 4)]
+    slow = timer("a", [50.0, 20.0, 40.0, 25.0])
+    quick = timer("b", [1.0, 9.0, 9.0, 1.5, 9.0, 9.0, 2.0])
+    assert interleave([slow, quick], 0, min_rounds=2) == [
+        Timing(20.0, 0.25, 4),
+        Timing(1.0, 0.5, 7),  # the first three runs, and the last four
+    ]
+    assert "".join(order) == "aa" + "bbbb" + "aa" + "bbb"
+
+
+def test_a_turn_ends_also_where_runs_take_no_time():
+    (timing,) = interleave([lambda: 0.0], 0, min_rounds=2)
+    assert timing == Timing(0.0, 0.0, 100)
 
 
 def test_interleave_goes_on_until_the_time_is_up(monkeypatch):
-    clock = iter(range(100))
+    clock = itertools.count()
     monkeypatch.setattr("fxmerge.runtimes._base.time.perf_counter", lambda: float(next(clock)))
-    (timing,) = interleave([lambda: 1.0], seconds=5, min_rounds=2)
-    assert timing.runs == 6
+    (timing,) = interleave([lambda: 10.0], seconds=5, min_rounds=2)
+    assert timing.runs == 2 * 6
 
 
 def test_interleave_runs_deterministic_timers_once():

@@ -27,6 +27,9 @@ __all__ = [
     "signature_from_key",
 ]
 
+_TURN, _TURN_RUNS, _MOST_TURN_RUNS = 20.0, 2, 50
+"""Of a network's turn: milliseconds and runs at least, runs at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSignature:
@@ -191,24 +194,26 @@ class Timing:
 def interleave(
     timers: Sequence[Callable[[], float]],
     seconds: float,
-    min_rounds: int = 4,
+    min_rounds: int = 3,
     *,
     deterministic: bool = False,
 ) -> list[Timing]:
-    """Run several prepared networks in alternation and return the smallest latency of each.
+    """Run several prepared networks in turns and return the smallest latency of each.
 
-    In every round each network runs once, so that a busy or throttled machine slows all of them alike.
-    The minimum repeats better than the median, and the median better than the mean.
+    In every round each network has a turn, so that a busy or throttled machine slows all of them alike. A turn is
+    at least two runs and 20 ms: a network that follows itself finds its weights in the caches, as in a server, one that follows
+    another does not. The minimum repeats better than the median, and the median better than the mean.
 
     Args:
-        timers: what :meth:`Runtime.build` returned; the order of the result is theirs.
+        timers: what :meth:`Runtime.build` returned, in milliseconds; the order of the result is theirs.
         seconds: rounds are added until this much time has passed.
         min_rounds: number of rounds even if that takes longer; at least 2.
         deterministic: run each network once, for runtimes that do not measure.
 
     Example:
-        >>> interleave([iter([4.0, 3.0, 3.3, 5.0]).__next__], seconds=0)
-        [Timing(latency=3.0, repeatability=0.09999999999999994, runs=4)]
+        >>> import itertools
+        >>> interleave([itertools.cycle([20.0, 10.0, 12.0, 25.0]).__next__], seconds=0, min_rounds=2)
+        [Timing(latency=10.0, repeatability=0.2, runs=4)]
     """
     if deterministic:
         return [Timing(timer(), 0.0, 1) for timer in timers]
@@ -217,9 +222,16 @@ def interleave(
     rounds = 0
     while rounds < max(min_rounds, 2) or time.perf_counter() < end:
         for timer, runs in zip(timers, samples, strict=True):
-            runs.append(timer())
+            runs += _turn(timer)
         rounds += 1
     return [_timing(runs) for runs in samples]
+
+
+def _turn(timer: Callable[[], float]) -> list[float]:
+    runs: list[float] = []
+    while len(runs) < _TURN_RUNS or (sum(runs) < _TURN and len(runs) < _MOST_TURN_RUNS):
+        runs.append(timer())
+    return runs
 
 
 def _timing(runs: list[float]) -> Timing:

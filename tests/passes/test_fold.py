@@ -206,7 +206,24 @@ def test_what_would_cost_more_stays_with_both_counts():
     assert kinds(result.graph_module) == ["Conv2d", "Conv2d"]
     (refusal,) = result.refusals
     assert (refusal.code, refusal.convolution, refusal.node) == ("costs-more", "0.0", "1.0")
-    assert f"{8 * 8 * 25} multiply-accumulates an image, apart they take {2 * 8 * 2 * 25}" in refusal.reason
+    assert refusal.reason == (
+        f"one convolution would take {8 * 8 * 25} multiply-accumulates an image and have 64 weights, "
+        f"apart they take {2 * 8 * 2 * 25} and have 32"
+    )
+
+
+@pytest.mark.parametrize(("width", "last", "folds"), [(4, 4, False), (4, 1, True)])
+def test_fewer_multiply_accumulates_do_not_pay_for_many_more_weights(width, last, folds):
+    """3x3 and 3x3 down to one pixel: 25 weights for 18, each read once; with one output channel 25 for 36 + 9."""
+    model = lively(nn.Sequential(conv(width, width, p=0, act=False), conv(width, last, p=0, act=False)))
+    result = fold(model, 2, width, 5, 5)
+    assert len(kinds(result.graph_module)) == (1 if folds else 2)
+    if not folds:
+        (refusal,) = result.refusals
+        assert (refusal.code, 25 * width**2 < (81 + 9) * width**2) == ("costs-more", True)
+        assert (
+            "would take 400 multiply-accumulates an image and have 400 weights, apart they take 1440" in refusal.reason
+        )
 
 
 def test_asymmetric_padding_in_front_stays_in_front():

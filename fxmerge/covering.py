@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Skeleton", "cover", "measure_inside", "skeleton"]
 
 _log = logging.getLogger("fxmerge")
-_SWEEPS = 2
+_SWEEPS = 3
 _MOST_SWEEPS = 6
 _AGREEMENT = 0.02
 _TOGETHER = 7
@@ -430,7 +430,7 @@ def _read(
 
 
 def _swept(profiles: Sequence[Profile]) -> Iterator[None]:
-    """Sweep all networks in turns, each at least twice and until its best two sweeps agree; a step is one sweep."""
+    """Sweep all networks in turns, each at least three times and until its best two sweeps agree; a step is one sweep."""
     lows: list[list[float]] = [[] for _ in profiles]
     for sweep in range(_MOST_SWEEPS):
         for profile, seen in zip(profiles, lows, strict=True):

@@ -49,6 +49,8 @@ __all__ = ["Frontier", "compress", "fold", "frontier"]
 _TOLERANCE = 0.02
 _DRIFT = 0.05
 _TRIES = 8
+_ROUNDS = 6
+"""Of a try at least, however slow the network: the fastest of a few runs is no minimum."""
 _log = logging.getLogger("fxmerge")
 
 
@@ -332,7 +334,7 @@ class Frontier:
             return measured, original
         tries: list[list[Timing]] = []
         for _ in range(_TRIES):
-            tries.append(interleave(timers, self._measure_seconds / 2))
+            tries.append(interleave(timers, self._measure_seconds / 2, _ROUNDS))
             measured, original = map(_best_of, zip(*tries, strict=True))
             if max(measured.repeatability, original.repeatability) <= _TOLERANCE:
                 break

@@ -37,7 +37,7 @@ from .graph import (
     shape_of,
     shared_targets,
 )
-from .linear import Barrier, Linear, Removable, Side, conv_geometry, linear_map, meaning, source_of
+from .linear import AVERAGE_POOLS, Barrier, Linear, Removable, Side, conv_geometry, linear_map, meaning, source_of
 from .regions import JOINS, Mesh, Region, Series, all_series, operations, region_tree
 from .surgery import join_operands
 
@@ -61,7 +61,7 @@ class Run:
         exit: the value that they give.
         nodes: the operations, ``exit`` among them.
         conv_map: what they compute.
-        macs: multiply-accumulates of one image, apart.
+        macs: multiply-accumulates of one image, apart, those of average pools among them.
         weights: of all convolutions, apart.
     """
 
@@ -301,7 +301,7 @@ class _Search:
                 total = first if stop == start + 1 else self._then(total, steps[stop - 1])
                 if total is None:
                     break
-                if not (total.macs and total.saved > 0 and _is_closed(total) and _reads_in_time(total)):
+                if not (total.weights and total.saved > 0 and _is_closed(total) and _reads_in_time(total)):
                     continue
                 if self._holds(total) and self._pays(total):
                     yield start, stop, total
@@ -335,11 +335,12 @@ class _Search:
         return isinstance(what, Linear) or (isinstance(what, Removable) and what.free)
 
     def _costs(self, node: fx.Node) -> tuple[int, int]:
-        """Multiply-accumulates and weights of an operation."""
-        module = module_of(self.gm, node)
-        if not isinstance(module, CONVOLUTIONS):
+        """Multiply-accumulates and weights of an operation; an average pool is a depthwise convolution that reads none."""
+        module, what = module_of(self.gm, node), meaning(self.gm, node, self.shared)
+        if not isinstance(module, (*CONVOLUTIONS, *AVERAGE_POOLS)) or not isinstance(what, Linear):
             return 0, 0
-        return conv_geometry(module).macs(shape_of(node.all_input_nodes[0])[2:]), module.weight.numel()
+        weights = module.weight.numel() if isinstance(module, CONVOLUTIONS) else 0
+        return what.geometry.macs(shape_of(node.all_input_nodes[0])[2:]), weights
 
     def _then(self, first: Run | None, second: Run | None) -> Run | None:
         if first is None or second is None:
@@ -348,7 +349,7 @@ class _Search:
         try:
             conv_map = first.conv_map.then(second.conv_map)
         except InexactError as error:
-            if first.macs:
+            if first.weights:
                 self._refuse(error.code, nodes, str(error))
             return None
         return Run(first.entry, second.exit, nodes, conv_map, first.macs + second.macs, first.weights + second.weights)

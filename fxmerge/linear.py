@@ -17,6 +17,7 @@ from .algebra import ConvMap, Geometry
 from .graph import CONVOLUTIONS, META, attribute, is_tensor, module_of, node_id, shape_of
 
 __all__ = [
+    "AVERAGE_POOLS",
     "FREE",
     "IDEMPOTENT",
     "NORMS",
@@ -79,7 +80,7 @@ NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """Norms that compute statistics of every sample: a merge moves them behind its convolution."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _SHAPE_KEEPING = (*REMOVABLE, *FREE, *_BATCH_NORMS, *NORMS, nn.LayerNorm)
 _PADS = (_aten.pad.default, _aten.constant_pad_nd.default, torch.nn.functional.pad)
 _COPIES = (_aten.contiguous.default, _aten.clone.default, _aten.alias.default, _aten.detach.default)
@@ -158,7 +159,7 @@ def meaning(gm: fx.GraphModule, node: fx.Node, shared: frozenset[str]) -> Meanin
         if getattr(module, "running_mean", None) is not None:
             return Barrier("not-linear", f"{type(module).__name__} {node.target!r} with running statistics")
         return Norm(shape_of(node)[1])
-    if isinstance(module, _AVERAGE_POOLS):
+    if isinstance(module, AVERAGE_POOLS):
         return _average_pool(module, node)
     if isinstance(module, nn.ChannelShuffle):
         return Linear(Geometry.pointwise(shape_of(node)[1], shape_of(node)[1], len(shape_of(node)) - 2))
@@ -479,7 +480,7 @@ def linear_map(gm: fx.GraphModule, node: fx.Node) -> ConvMap:
     channels, dims = shape_of(node)[1], len(shape_of(node)) - 2
     if isinstance(module, _BATCH_NORMS):
         return ConvMap.from_batch_norm(module, dims)
-    if isinstance(module, _AVERAGE_POOLS):
+    if isinstance(module, AVERAGE_POOLS):
         geometry = _pool_geometry(module, channels, dims)
         divisor = getattr(module, "divisor_override", None)
         return ConvMap.average_pool(

@@ -50,7 +50,7 @@ def run_python(block: Block, path: Path, namespace: dict[str, object]) -> None:
 
 def run_shell(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the lines that are fxmerge's, in a copy of the folder that a line goes to."""
-    for line in block.code.splitlines():
+    for line in block.code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words and words[0] == "cd":
             shutil.copytree(ROOT / words[1], words[1], ignore=shutil.ignore_patterns("__pycache__"))

@@ -130,7 +130,7 @@ def test_a_scale_keeps_training_and_leaves_with_its_segment():
 def test_a_convolution_and_a_pool_are_one_convolution_already():
     net, x = (
         lively(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AvgPool2d(2), nn.ReLU())),
-        images(2, 3, 8, 8),
+        images(2, 3, 32, 32),
     )
     gm = captured(net, x)
     merged = folded(gm)

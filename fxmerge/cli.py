@@ -286,7 +286,9 @@ def _measure_options() -> argparse.ArgumentParser:
         "--inputs", metavar="NAME", help="package.module:function that takes the model's inputs out of a batch"
     )
     options.add_argument(
-        "--importance", default="auto", help="distortion (default with calibration) or magnitude (default without)"
+        "--importance",
+        default="auto",
+        help="distortion (default with calibration), local, or magnitude (default without)",
     )
     options.add_argument(
         "--importance-table", metavar="FILE", help="keep every loss at once; the next run scores only what is missing"
@@ -295,7 +297,27 @@ def _measure_options() -> argparse.ArgumentParser:
         "--workers", type=_positive, metavar="N", help="processes that score candidates (default: this one)"
     )
     options.add_argument("--fit", default="auto", help="refit (default with calibration) or compose (default without)")
+    options.add_argument(
+        "--refit-kept", action="store_true", help="with refit, also fit convolutions that do not merge"
+    )
+    options.add_argument(
+        "--search",
+        type=_effort,
+        default="1min",
+        metavar="TIME",
+        help="compare plans near the best by their networks' outputs: 30s, 1min (default), a number of networks, or none",
+    )
+    options.add_argument(
+        "--polish",
+        type=_effort,
+        metavar="TIME",
+        help="train the result towards the original's inner values, no labels: 10s, or steps per window (default: none)",
+    )
     return options
+
+
+def _effort(text: str) -> int | str | None:
+    return None if text == "none" else int(text) if text.isdecimal() else text
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -788,6 +810,9 @@ def _measuring(args: argparse.Namespace) -> dict[str, Any]:
         "importance": args.importance,
         "importance_table": args.importance_table,
         "fit": args.fit,
+        "refit_kept": args.refit_kept,
+        "search": args.search,
+        "polish": args.polish,
     }
 
 

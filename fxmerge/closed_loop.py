@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .runtimes import Timing
 
-__all__ = ["TOLERANCE", "Build", "search"]
+__all__ = ["TOLERANCE", "Build", "search", "within_budget"]
 
 TOLERANCE = 0.02
 """A network this close to the budget is close enough."""
@@ -37,6 +37,12 @@ class Build:
     measured: Timing
     original: Timing
     within: bool
+
+
+def within_budget(measured: Timing, original: Timing, limit: float) -> bool:
+    """Whether a network that was timed in turns with the original is within ``limit``; see :attr:`Build.within`."""
+    repeatability = max(measured.repeatability, original.repeatability)
+    return measured.latency <= limit * (1 + min(repeatability, TOLERANCE))
 
 
 def search(
@@ -72,8 +78,7 @@ def search(
             index = 0
         measured, original = measure(index)
         limit = amount(original.latency)
-        repeatability = max(measured.repeatability, original.repeatability)
-        within = measured.latency <= limit * (1 + min(repeatability, TOLERANCE))
+        within = within_budget(measured, original, limit)
         builds.append(Build(index, predicted[index], measured, original, within))
         if within:
             below = index

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -22,10 +24,11 @@ from .calibration import Batch, Calibration, parse_memory, read_calibration
 from .candidates import Candidate, Enumeration, Limits, Site, submodules
 from .capture import capture
 from .checks import check_equal, distinct_inputs, outputs_of, own_error
-from .closed_loop import Build, search
+from .closed_loop import search, within_budget
+from .effort import Effort, parse_effort
 from .errors import BudgetError, PlanError, UnsupportedError, UserError
-from .estimators import Estimator, get_estimator
-from .fitting import Refitted, apply_candidates, resolve_fit
+from .estimators import Distance, Estimator, get_estimator, plan_distance
+from .fitting import Refitted, apply_candidates, last_may_change, resolve_fit
 from .graph import clone, convolutions, device_of, graph_meta, refuse_other_structure, structure
 from .importance import open_table
 from .inputs import Example, batch_size, map_tensors, split_example, with_batch
@@ -40,6 +43,7 @@ from .runtimes import Runtime, Timing, get_runtime, interleave
 from .solver import Frontier as Points
 from .solver import solve, solve_levels
 from .store import LatencyStore, default_path
+from .verified import Chosen, Tried, search_plans
 
 if TYPE_CHECKING:
     from .passes.profile_latency import LatencyTable
@@ -48,6 +52,9 @@ __all__ = ["Frontier", "compress", "fold", "frontier"]
 
 _TOLERANCE = 0.02
 _DRIFT = 0.05
+_PROPOSED = 512
+"""Points per region of the solves that propose plans."""
+_FINALISTS = 4
 _TRIES = 8
 _ROUNDS = 6
 """Of a try at least, however slow the network: the fastest of a few runs is no minimum."""
@@ -68,6 +75,10 @@ class _Setup:
     fit: str
     memory: int
     notes: tuple[str, ...]
+    distance: Distance | None
+    search: Effort | None
+    refit_kept: bool
+    polish: Effort | None
 
 
 class Frontier:
@@ -318,7 +329,7 @@ class Frontier:
             return self._installed[1]
         setup = self._setup
         model, self._fits = apply_candidates(
-            setup.base, plan.candidates, calibration, setup.fit, setup.memory, setup.limits
+            setup.base, plan.candidates, calibration, setup.fit, setup.memory, setup.limits, kept=setup.refit_kept
         )
         pair = merge_graph(model), model
         if calibration is None:
@@ -346,11 +357,12 @@ class Frontier:
         measured: Timing,
         original: Timing,
         requested: float,
-        notes: tuple[str, ...] = (),
+        note: str = "",
         seconds: Mapping[str, float] = MappingProxyType({}),
-        builds: Sequence[Build] = (),
+        builds: tuple[tuple[float, float], ...] = (),
     ) -> Result:
         setup, seconds = self._setup, {**self._seconds, **seconds}
+        notes = (note,) if note else ()
         drift = original.latency / self.original - 1
         if abs(drift) > _DRIFT:
             notes = (*notes, self._about_drift(original.latency))
@@ -358,6 +370,10 @@ class Frontier:
             merged, model = self._install(plan, setup.calibration if plan.candidates else None)
             fits = self._fits
             self._installed = None  # handed out: the user may change it
+        if setup.polish is not None and plan.candidates:
+            with _stage(seconds, "polish", "Polishing"):
+                notes = (*notes, self._polish(model))
+                merged = merge_graph(model)
         with _stage(seconds, "check", "Checking the merged network"):
             checked = check_equal(model, merged, self._inputs, self._rounding)
         if checked.caveat:
@@ -395,11 +411,23 @@ class Frontier:
             dependence=checked.dependence,
             fits=fits,
             bound=self._table.scale * self._points.bound,
-            builds=tuple((b.predicted / self.original, b.measured.latency / b.original.latency) for b in builds),
+            builds=builds,
             drift=drift,
             seconds=seconds,
         )
         return Result(model, plan, report, setup.example)
+
+    def _polish(self, model: fx.GraphModule) -> str:
+        """Train the trainable network towards the original's values; a note on what that did."""
+        from .passes.polish import polish
+
+        setup = self._setup
+        assert setup.polish is not None  # noqa: S101 - the caller saw to it
+        assert setup.calibration is not None  # noqa: S101 - frontier() saw to it
+        found = polish(setup.base, model, setup.calibration, setup.polish, setup.memory, setup.limits, setup.distance)
+        if found is None:
+            return "polish: nothing was trained (nothing that may be, or a value is written in place)"
+        return f"polish: on held-out images the outputs differ by {found[1]:.4g} from the original's, {found[0]:.4g} before"
 
     def _about_drift(self, latest: float) -> str:
         return (
@@ -415,10 +443,43 @@ class Frontier:
             plan = self._plan(())
             note = f"the budget of {format_latency(amount, self.unit)} is at or above the original: nothing was changed"
             _log.info(note)
-            return self._result(plan, self._original, self._original, amount, (note,))
+            return self._result(plan, self._original, self._original, amount, note)
         if self._setup.runtime.deterministic:
             return self._largest_counted(amount)
         return self._search(budget)
+
+    def _verified(self, plan: Plan, limit: float, seconds: dict[str, float]) -> tuple[list[Tried], str]:
+        """Plans of at most so much predicted latency, ranked by their networks' outputs; a note on what that changed."""
+        from .passes.select_segments import selection_problem
+
+        setup = self._setup
+        if setup.search is None or setup.calibration is None or not plan.candidates:
+            return [Tried(plan.candidates, math.nan)], ""
+        worth = replace(self.enumeration, sites=self._useful)
+
+        def best_for(losses: Mapping[Candidate, float]) -> Chosen:
+            points = solve(selection_problem(worth, self._table, losses), max_points=_PROPOSED)
+            latencies = [self._table.end_to_end(float(latency)) for latency in points.latency]
+            index = bisect.bisect_right(latencies, limit * (1 + 1e-12)) - 1
+            return self._plan(points.choices(index)).candidates
+
+        last = last_may_change(setup.base, setup.limits)
+        with _stage(seconds, "verify", "Comparing plans"), progress("Comparing plans near the best") as bar:
+
+            def advance(least: float) -> None:
+                bar.advance(note=f"{least:.4g} from the original")
+
+            distance = plan_distance(
+                setup.base, setup.calibration, setup.fit, setup.memory, last=last, compare=setup.distance
+            )
+            tried = search_plans(plan.candidates, self._losses, best_for, distance, setup.search, advance)
+        first = next(each for each in tried if each.candidates == plan.candidates)
+        if len(tried) == 1:
+            return tried, ""
+        return tried, (
+            f"{len(tried)} plans near the budget were installed; on held-out images the outputs of the best differ by "
+            f"{tried[0].distance:.4g} from the original's, those of the plan with the least sum of losses by {first.distance:.4g}"
+        )
 
     def _largest_counted(self, amount: float) -> Result:
         """The best plan whose network counts no more than ``amount``: what carries side inputs on is in no table."""
@@ -427,9 +488,21 @@ class Frontier:
             plan = self.plan(index)
             measured, original = self._measure(self._install(plan, None)[0])
             if measured.latency <= amount:
-                return self._result(plan, measured, original, amount)
+                break
             counted.append(measured.latency)
-        raise self._unreachable(amount, min(counted))
+        else:
+            raise self._unreachable(amount, min(counted))
+        seconds: dict[str, float] = {}
+        tried, note = self._verified(plan, amount - max(0.0, measured.latency - plan.predicted), seconds)
+        for each in tried:
+            other = self._priced(each.candidates)
+            if other.candidates == plan.candidates:
+                break
+            timing = self._measure(self._install(other, None)[0])
+            if timing[0].latency <= amount:
+                plan, (measured, original) = other, timing
+                break
+        return self._result(plan, measured, original, amount, note, seconds)
 
     def _search(self, budget: Budget) -> Result:
         latencies = [latency for latency, _ in self.points[:-1]]  # the last plan is the original itself
@@ -456,9 +529,24 @@ class Frontier:
             smallest = min(build.measured.latency for build in builds)
             raise self._unreachable(budget.resolve(self.original), smallest)
         best = max(within, key=lambda build: build.index)
-        requested = budget.resolve(best.original.latency)
+        plan, measured, original = self.plan(best.index), best.measured, best.original
+        shares = [
+            (build.predicted / self.original, build.measured.latency / build.original.latency) for build in builds
+        ]
+        room = max(1.0, budget.resolve(original.latency) / measured.latency)
+        tried, note = self._verified(plan, room * plan.predicted, seconds)
+        for each in tried[:_FINALISTS]:
+            other = self._priced(each.candidates)
+            if other.candidates == plan.candidates:
+                break
+            with _stage(seconds, "closed loop", "Measuring compressed networks"):
+                timing = self._measure(self._install(other, None)[0])
+            shares.append((other.predicted / self.original, timing[0].latency / timing[1].latency))
+            if within_budget(*timing, budget.resolve(timing[1].latency)):
+                plan, (measured, original) = other, timing
+                break
         return self._result(
-            self.plan(best.index), best.measured, best.original, requested, seconds=seconds, builds=builds
+            plan, measured, original, budget.resolve(original.latency), note, seconds=seconds, builds=tuple(shares)
         )
 
 
@@ -501,7 +589,7 @@ def compress(
         method: "layermerge", or the paper's baselines "depth" (no convolution goes) and "layer" (nothing merges).
         levels: use the paper's Algorithm 1 with that many latency levels instead of the exact frontier.
         options: those of :func:`frontier`: include, exclude, batch, max_span, max_kernel, exit_activation, max_points, memory,
-            store, measure_seconds, executor, importance_table.
+            search, store, measure_seconds, executor, importance_table.
 
     Returns:
         The trainable model with ``merge()``, ``plan``, ``report`` and ``save()``.
@@ -551,6 +639,7 @@ def frontier(
     calibration: Iterable[Any] | None = None,
     inputs: Callable[[Any], Any] | None = None,
     importance: str | Estimator | Callable[[nn.Module], float] = "auto",
+    distance: Distance | None = None,
     fit: str = "auto",
     method: str = "layermerge",
     include: str | Iterable[str] = (),
@@ -565,6 +654,9 @@ def frontier(
     measure_seconds: float = 1.0,
     executor: Executor | None = None,
     importance_table: str | os.PathLike[str] | None = None,
+    search: int | str | None = "1min",
+    refit_kept: bool = False,
+    polish: int | str | None = None,
 ) -> Frontier:
     """Everything up to the choice: all Pareto-optimal plans of a network, for every budget at once.
 
@@ -577,6 +669,9 @@ def frontier(
         calibration: see :func:`compress`.
         inputs: see :func:`compress`.
         importance: see :func:`compress`.
+        distance: how far outputs are from the original's, for importance "distortion", the search and the polish: a function
+            of the outputs and the original's, tensors (lists of them where a network returns several), to a number, 0 for the
+            same. None is :func:`fxmerge.estimators.distance`: Kullback-Leibler for logits, relative squared error otherwise.
         fit: see :func:`compress`.
         method: see :func:`compress`.
         include: paths of submodules, such as "backbone": nothing outside of them changes; none means the whole network.
@@ -593,6 +688,13 @@ def frontier(
             here, one after the other. It changes no loss.
         importance_table: file that keeps every loss as soon as it is known; the next run for the same model, data and estimator
             scores only what is missing, and one for others is refused. None keeps nothing.
+        search: how long :meth:`Frontier.compress` installs plans near the best, to take the one whose network's outputs are
+            nearest to the original's: a time such as "1min", a number of networks such as 20 (the same network every
+            time), or None for the plan with the least sum of losses. Needs calibration.
+        refit_kept: with fit="refit", also fit convolutions that are kept, behind those that merged, towards their old weights.
+        polish: train the installed network for a while, without labels, so that its inner values are the original's again: a
+            time such as "10s", or a number of steps for each window of segments (the same network every time). None
+            does not. Needs calibration.
 
     Raises:
         UserError: see :func:`compress`.
@@ -609,6 +711,14 @@ def frontier(
         submodules(model, "exclude", exclude),
     )
     fit = resolve_fit(fit, calibrated=calibration is not None)
+    effort, polishing = parse_effort(search, "search", "networks"), parse_effort(polish, "polish", "steps")
+    for name, given in (("polish", polish is not None), ("refit_kept", refit_kept), ("distance", distance is not None)):
+        if given and calibration is None:
+            raise UserError(f"{name} needs images: pass calibration=...")
+    if refit_kept and fit != "refit":
+        raise UserError(f"refit_kept=True fits more convolutions, but fit={fit!r} fits none: leave one of them out")
+    if distance is not None and not callable(distance):
+        raise UserError(f"distance is a {type(distance).__name__}; expected a function of outputs and the original's")
     chosen_importance = as_estimator(importance)
     get_estimator(chosen_importance, None if calibration is None else Calibration((), (), 0, False))
     for name, value in (("max_points", max_points), ("batch", batch)):
@@ -634,6 +744,10 @@ def frontier(
                 fit,
                 batch=batch,
                 memory=memory,
+                distance=distance,
+                search=effort,
+                refit_kept=refit_kept,
+                polish=polishing,
             )
         return _solve(setup, kept, seconds, max_points, measure_seconds, executor, importance_table)
     finally:
@@ -653,6 +767,10 @@ def _set_up(
     *,
     batch: int | None,
     memory: str | int,
+    distance: Distance | None,
+    search: Effort | None,
+    refit_kept: bool,
+    polish: Effort | None,
 ) -> _Setup:
     base = clone(capture(model, example_input))
     if not any(True for _ in convolutions(base)):
@@ -672,7 +790,7 @@ def _set_up(
     read = None if calibration is None else read_calibration(calibration, inputs, base, example, memory)
     if read is not None and read.truncated:
         notes.append(f"calibration stopped at {read.images} images: memory={memory!r} was full")
-    estimator = installing(get_estimator(importance, read, fit, memory), read, fit, parse_memory(memory))
+    estimator = installing(get_estimator(importance, read, fit, memory, distance), read, fit, parse_memory(memory))
     return _Setup(
         base,
         example,
@@ -684,6 +802,10 @@ def _set_up(
         fit,
         parse_memory(memory),
         tuple(notes),
+        distance,
+        search,
+        refit_kept,
+        polish,
     )
 
 

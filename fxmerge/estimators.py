@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,8 +40,26 @@ from .graph import (
 from .linear import NORMS, conv_geometry, is_constant
 from .regions import JOINS
 
-__all__ = ["Distortion", "Estimator", "Magnitude", "distance", "get_estimator"]
+if TYPE_CHECKING:
+    from .passes.refit import Known
 
+__all__ = [
+    "Distance",
+    "Distortion",
+    "Estimator",
+    "Local",
+    "Magnitude",
+    "Remembered",
+    "distance",
+    "get_estimator",
+    "of_outputs",
+    "plan_distance",
+    "remember",
+]
+
+
+Distance: TypeAlias = Callable[[Any, Any], Any]
+"""How far outputs are from the original's; see :func:`of_outputs`."""
 
 _LEAST_EXPLAINED = 1e-6
 """Of the variance: what removed operations explain at least, so that every loss is finite."""
@@ -172,12 +191,8 @@ def _unexplained_of_conv(module: Conv) -> float:
     return float((1.0 - own / total.clamp_min(torch.finfo(total.dtype).tiny)).mean())
 
 
-class Distortion:
-    """Losses from the network's outputs on calibration inputs.
-
-    One candidate is applied with the weights that would be installed (:mod:`fxmerge.fitting`), and the outputs on the
-    held-out batches are compared with the original's by :func:`distance`. Only what lies behind the candidate is
-    computed: values in front of it are remembered from the original.
+class _Calibrated:
+    """What estimators share that judge the weights that will be installed by what a network computes.
 
     Args:
         calibration: what :func:`fxmerge.calibration.read_calibration` returned.
@@ -185,8 +200,6 @@ class Distortion:
             the moments of a fit, see :func:`fxmerge.passes.refit.refit`.
         fit: how weights are found, ``compose`` or ``refit``.
     """
-
-    name = "distortion"
 
     def __init__(self, calibration: Calibration, memory: str | int = "2GiB", fit: str = "compose") -> None:
         self.calibration = calibration
@@ -198,17 +211,13 @@ class Distortion:
         """Whether merges that start at one value belong to one worker: they are fitted together."""
         return self.fit == "refit"
 
-    def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:
-        """Run the original once; with ``refit``, merges that start at one value are fitted together when the first is asked for."""
+    def _networks(
+        self, gm: fx.GraphModule, candidates: Sequence[Candidate], known: Remembered
+    ) -> Callable[[Candidate], fx.GraphModule]:
+        """The network with one candidate applied; with ``refit``, merges with one start are fitted when the first is asked for."""
         from .passes.refit import refit_alone
         from .passes.relax import RelaxPass
 
-        remembered = _worth_remembering(gm, self.calibration.images, self.memory)
-        with eval_mode(gm):
-            run = recorder(gm, remembered)
-            fit = [_by_id(run(batch)[1]) for batch in self.calibration.fit]
-            held_out = [(_by_id(values), outputs) for outputs, values in map(run, self.calibration.held_out)]
-        held_out_values = [values for values, _ in held_out]
         starts: dict[str, list[Candidate]] = {}
         for candidate in candidates:
             if self.fit == "refit" and candidate.kind == "merge":
@@ -220,28 +229,192 @@ class Distortion:
             nonlocal fitted, latest
             if candidate in starts.get(candidate.entry, ()) and candidate.entry != latest:
                 fitted.clear()  # before the next are made: they hold much
-                fitted = refit_alone(gm, starts[candidate.entry], fit, held_out_values, self.memory)
+                fitted = refit_alone(gm, starts[candidate.entry], known.fit, known.held_out, self.memory)
                 latest = candidate.entry
             if candidate in fitted:
                 return fitted[candidate]
             relaxed: fx.GraphModule = RelaxPass((candidate,))(clone(gm, share_parameters=True)).graph_module.eval()
             # The last layer is fitted once, to the whole plan.
-            install(gm, relaxed, self.fit, fit, held_out_values, self.memory, last=False)
+            install(gm, relaxed, self.fit, known.fit, known.held_out, self.memory, last=False)
             return relaxed
+
+        return network
+
+
+class Distortion(_Calibrated):
+    """Losses from the network's outputs on calibration inputs.
+
+    One candidate is applied with the weights that would be installed (:mod:`fxmerge.fitting`), and the outputs on the
+    held-out batches are compared with the original's by :func:`distance`, or a function of your own. Only what lies behind
+    the candidate is computed: values in front of it are remembered from the original.
+
+    Args:
+        calibration: what :func:`fxmerge.calibration.read_calibration` returned.
+        memory: bound on what is remembered; with less of it more is computed again, and the losses are the same. Also on
+            the moments of a fit, see :func:`fxmerge.passes.refit.refit`.
+        fit: how weights are found, ``compose`` or ``refit``.
+        distance: of the outputs of one batch from the original's, see :func:`of_outputs`; None is :func:`distance`.
+    """
+
+    name = "distortion"
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        memory: str | int = "2GiB",
+        fit: str = "compose",
+        distance: Distance | None = None,
+    ) -> None:
+        super().__init__(calibration, memory, fit)
+        self.distance = distance
+
+    def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:
+        """Run the original once."""
+        known = remember(gm, self.calibration, self.memory, self.distance)
+        network = self._networks(gm, candidates, known)
+        return lambda candidate: known.distance(gm, network(candidate))
+
+
+class Local(_Calibrated):
+    """Losses from the values behind a candidate alone: nothing of the network that follows is computed.
+
+    One candidate is applied as for :class:`Distortion`; its loss is the squared error of the first value behind it that the
+    original has, too, on the held-out batches, as a share of that value's variance around its mean over the batch. Of a merge
+    with refitted weights that is the error of the fit. Quicker than a distortion in long networks, and blind to how
+    much of an error the rest of the network forgives.
+    """
+
+    name = "local"
+
+    def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:
+        """Run the original once."""
+        known = remember(gm, self.calibration, self.memory)
+        network = self._networks(gm, candidates, known)
+        nodes = by_id(gm)
 
         def score(candidate: Candidate) -> float:
             found = network(candidate)
-            changed = changed_nodes(gm, found)
-            known = [node for node in found.graph.nodes if node not in changed and node_id(node) in fit[0]]
-            output = next(iter(found.graph.find_nodes(op="output")))
+            new, behind = changed_nodes(gm, found), {node_id(node) for node in _behind(nodes[candidate.exit])}
+            here = next(
+                node for node in found.graph.nodes if node in new and node_id(node) in behind and is_tensor(node)
+            )
+            there, same = nodes[node_id(here)], [node for node in found.graph.nodes if node not in new]
             losses = []
-            for values, outputs in held_out:
-                unchanged = {node: values[node_id(node)] for node in known}
+            for values in known.held_out:
+                unchanged = {node: values[node_id(node)] for node in same if node_id(node) in values}
                 with torch.no_grad():
-                    losses.append(distance(_floats(evaluate(found, output, unchanged)), outputs))
+                    value = evaluate(found, here, unchanged)
+                    wanted = evaluate(gm, there, {nodes[name]: each for name, each in values.items()})
+                losses.append(_squared_error(value.double(), wanted.double()))
             return float(np.mean(losses))
 
         return score
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """A node, and all that depends on it."""
+    pending, found = [node], {node}
+    while pending:
+        new = set(pending.pop().users) - found
+        found |= new
+        pending += new
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the original computed on calibration images.
+
+    Attributes:
+        fit: for every batch that weights are made from, values by node id.
+        held_out: for every other batch the same.
+        outputs: what the original returns for those.
+        compare: how outputs are compared.
+    """
+
+    fit: Sequence[Known]
+    held_out: Sequence[Known]
+    outputs: Sequence[list[Tensor]]
+    compare: Distance | None = None
+
+    def distance(self, gm: fx.GraphModule, changed: fx.GraphModule) -> float:
+        """How far a changed network's outputs are from the original's, on held-out batches; only what has changed is computed."""
+        new = changed_nodes(gm, changed)
+        same = [node for node in changed.graph.nodes if node not in new and node_id(node) in self.held_out[0]]
+        output = next(iter(changed.graph.find_nodes(op="output")))
+        distances = []
+        for values, outputs in zip(self.held_out, self.outputs, strict=True):
+            known = {node: values[node_id(node)] for node in same}
+            with torch.no_grad():
+                distances.append(of_outputs(self.compare, _floats(evaluate(changed, output, known)), outputs))
+        return float(np.mean(distances))
+
+
+def of_outputs(compare: Distance | None, outputs: list[Tensor], reference: list[Tensor]) -> float:
+    """The distance by a user's function, or by :func:`distance`.
+
+    Args:
+        compare: a function of the outputs and the original's: the tensor where a network returns one floating-point tensor, a
+            list of all of them otherwise. None is :func:`distance`.
+        outputs: of a changed network.
+        reference: of the original.
+
+    Raises:
+        UserError: the function raised, or returned no finite number.
+    """
+    if compare is None:
+        return distance(outputs, reference)
+    try:
+        found = float(compare(outputs[0], reference[0]) if len(outputs) == 1 else compare(outputs, reference))
+    except Exception as error:
+        raise UserError(f"distance= failed on outputs of shape {[list(t.shape) for t in outputs]}: {error}") from error
+    if not math.isfinite(found):
+        raise UserError(f"distance= returned {found}: expected a finite number, 0 for outputs like the original's")
+    return found
+
+
+def remember(gm: fx.GraphModule, calibration: Calibration, memory: int, compare: Distance | None = None) -> Remembered:
+    """Run the original once on all calibration images; remember as much of it as fits into ``memory`` bytes."""
+    with eval_mode(gm):
+        run = recorder(gm, _worth_remembering(gm, calibration.images, memory))
+        fit = [_by_id(run(batch)[1]) for batch in calibration.fit]
+        held_out = [run(batch) for batch in calibration.held_out]
+    return Remembered(fit, [_by_id(values) for _, values in held_out], [outputs for outputs, _ in held_out], compare)
+
+
+def plan_distance(
+    gm: fx.GraphModule,
+    calibration: Calibration,
+    fit: str,
+    memory: int,
+    *,
+    last: bool = True,
+    compare: Distance | None = None,
+) -> Callable[[Sequence[Candidate]], float]:
+    """A function that installs a plan, as it will be installed, and returns how far its outputs are from the original's.
+
+    On held-out images. What was fitted for one plan is taken over for others that agree in all that comes before.
+
+    Args:
+        gm: the canonical graph.
+        calibration: images.
+        fit: ``compose`` or ``refit``.
+        memory: bound on what is remembered and on what one fit holds, in bytes.
+        last: whether the last linear layer is fitted.
+        compare: how outputs are compared, see :func:`of_outputs`.
+    """
+    from .passes.refit import Reuse
+    from .passes.relax import RelaxPass
+
+    known, reuse = remember(gm, calibration, memory, compare), Reuse()
+
+    def measure(candidates: Sequence[Candidate]) -> float:
+        relaxed: fx.GraphModule = RelaxPass(tuple(candidates))(clone(gm)).graph_module.eval()
+        reuse.plan = tuple(candidates)
+        install(gm, relaxed, fit, known.fit, known.held_out, memory, last=last, reuse=reuse)
+        return known.distance(gm, relaxed)
+
+    return measure
 
 
 def _worth_remembering(gm: fx.GraphModule, images: int, memory: int) -> list[fx.Node]:
@@ -294,29 +467,39 @@ def _one_distance(output: Tensor, reference: Tensor) -> float:
     if reference.ndim == 2 and reference.shape[1] > 1:
         found, expected = output.log_softmax(1), reference.log_softmax(1)
         return max(0.0, float(F.kl_div(found, expected, log_target=True, reduction="batchmean")))
+    return _squared_error(output, reference)
+
+
+def _squared_error(output: Tensor, reference: Tensor) -> float:
     centred = reference - reference.mean(dim=0) if reference.ndim and reference.shape[0] > 1 else reference
     spread = centred.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
     return float((output - reference).square().sum() / spread)
 
 
 def get_estimator(
-    spec: str | Estimator, calibration: Calibration | None, fit: str = "compose", memory: str | int = "2GiB"
+    spec: str | Estimator,
+    calibration: Calibration | None,
+    fit: str = "compose",
+    memory: str | int = "2GiB",
+    distance: Distance | None = None,
 ) -> Estimator:
     """The estimator of that name: ``auto`` is ``distortion`` where there is calibration data, else ``magnitude``.
 
-    ``fit`` is how the weights that ``distortion`` judges are found, ``memory`` what it may take.
+    ``fit`` is how the weights that ``distortion`` and ``local`` judge are found, ``memory`` what they may take, and ``distance``
+    how ``distortion`` compares.
 
     Raises:
-        UserError: an unknown name, or ``distortion`` without calibration data.
+        UserError: an unknown name, or ``distortion`` or ``local`` without calibration data.
     """
     if isinstance(spec, Estimator):
         return spec
     if spec == "magnitude" or (spec == "auto" and calibration is None):
         return Magnitude()
-    if spec in ("auto", "distortion"):
+    if spec in ("auto", "distortion", "local"):
         if calibration is None:
-            raise UserError("importance='distortion' compares outputs on calibration inputs: pass calibration=...")
-        return Distortion(calibration, memory, fit)
+            what = "values" if spec == "local" else "outputs"
+            raise UserError(f"importance={spec!r} compares {what} on calibration inputs: pass calibration=...")
+        return Local(calibration, memory, fit) if spec == "local" else Distortion(calibration, memory, fit, distance)
     raise UserError(
-        f"unknown importance {spec!r}; the known ones are auto, distortion, magnitude, or an object with prepare()"
+        f"unknown importance {spec!r}; the known ones are auto, distortion, local, magnitude, or an object with prepare()"
     )

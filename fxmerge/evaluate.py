@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .calibration import Batch
 from .graph import attribute, module_of
 
-__all__ = ["evaluate", "recorder", "recording"]
+__all__ = ["evaluate", "evaluate_all", "recorder", "recording"]
 
 
 def evaluate(
@@ -34,10 +34,20 @@ def evaluate(
     Raises:
         KeyError: an input of the graph that ``wanted`` depends on is not known.
     """
+    return evaluate_all(gm, [wanted], known, adapt)[0]
+
+
+def evaluate_all(
+    gm: fx.GraphModule,
+    wanted: Sequence[fx.Node],
+    known: Mapping[fx.Node, Any],
+    adapt: Callable[[Any], Any] | None = None,
+) -> list[Any]:
+    """The values of several nodes at once; see :func:`evaluate`."""
     same = adapt or (lambda thing: thing)
     values = dict(known)
     needed = _needed(wanted, values)
-    readers = {node: sum(reader in needed for reader in node.users) for node in needed}
+    readers = {node: sum(reader in needed for reader in node.users) for node in needed.difference(wanted)}
     for node in gm.graph.nodes:
         if node not in needed:
             continue
@@ -57,13 +67,12 @@ def evaluate(
                 readers[source] -= 1
                 if not readers[source]:
                     del values[source]
-    return values[wanted]
+    return [values[node] for node in wanted]
 
 
-def _needed(wanted: fx.Node, known: Mapping[fx.Node, Any]) -> set[fx.Node]:
-    if wanted in known:
-        return set()
-    pending, needed = [wanted], {wanted}
+def _needed(wanted: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> set[fx.Node]:
+    pending = [node for node in wanted if node not in known]
+    needed = set(pending)
     while pending:
         for source in pending.pop().all_input_nodes:
             if source not in known and source not in needed:

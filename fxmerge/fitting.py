@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ from .evaluate import evaluate
 from .graph import changed_nodes, clone, node_id
 
 if TYPE_CHECKING:
-    from .passes.refit import Known
+    from .passes.refit import Known, Reuse
 
-__all__ = ["FITS", "Refitted", "apply_candidates", "install", "resolve_fit"]
+__all__ = ["FITS", "Refitted", "apply_candidates", "install", "last_may_change", "resolve_fit"]
 
 FITS = ("auto", "compose", "refit")
 
@@ -69,6 +69,8 @@ def apply_candidates(
     fit: str = "compose",
     memory: int = 2**31,
     limits: Limits | None = None,
+    *,
+    kept: bool = False,
 ) -> tuple[fx.GraphModule, tuple[Refitted, ...]]:
     """A relaxed copy with the weights that will be installed, and what was fitted.
 
@@ -78,7 +80,9 @@ def apply_candidates(
         calibration: images; None composes weights, and keeps batch-norm statistics.
         fit: ``compose`` or ``refit``.
         memory: bound on the moments of one fit, in bytes.
-        limits: what may change: the last linear layer is fitted only if they cover it; None for everything.
+        limits: what may change: kept convolutions and the last linear layer are fitted only if they cover them; None for
+            everything.
+        kept: with ``refit``, fit kept convolutions as well.
     """
     from .passes.refit import known_inputs
     from .passes.relax import RelaxPass
@@ -87,9 +91,14 @@ def apply_candidates(
     if calibration is None or not candidates:
         return relaxed, ()
     images, held_out = known_inputs(gm, calibration.fit), known_inputs(gm, calibration.held_out)
+    last, may = last_may_change(gm, limits), (limits or Limits()).covers if kept else None
+    return relaxed, install(gm, relaxed, fit, images, held_out, memory, last=last, kept=may)
+
+
+def last_may_change(gm: fx.GraphModule, limits: Limits | None) -> bool:
+    """Whether the operation that gives the outputs is inside of the limits."""
     output = next(iter(gm.graph.find_nodes(op="output")))
-    last = limits is None or all(limits.covers(node_id(node)) for node in output.all_input_nodes)
-    return relaxed, install(gm, relaxed, fit, images, held_out, memory, last=last)
+    return limits is None or all(limits.covers(node_id(node)) for node in output.all_input_nodes)
 
 
 def install(
@@ -101,6 +110,8 @@ def install(
     memory: int,
     *,
     last: bool = True,
+    kept: Callable[[str], bool] | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[Refitted, ...]:
     """Give a relaxed network its weights, in place; what was fitted.
 
@@ -112,7 +123,7 @@ def install(
 
     fits: tuple[Refitted, ...] = ()
     if fit == "refit":
-        fits = refit(original, relaxed, images, held_out, memory, last=last)
+        fits = refit(original, relaxed, images, held_out, memory, last=last, kept=kept, reuse=reuse)
         if any(not each.reason for each in fits):
             return fits
     changed = changed_nodes(original, relaxed)

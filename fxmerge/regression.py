@@ -8,8 +8,10 @@ the images, less their means, one of three systems is solved for a ridge of stre
 - where there are fewer rows than unknowns, the dual (P P' + r I) A = T, W = P' A;
 - where neither matrix fits into memory, the normal equations by conjugate gradients, never formed.
 
-Rows are drawn at random, fifteen for an unknown at most. A ridge draws towards zero and towards prior weights; images
-that no system has seen choose between strengths, and between all of these and the prior weights as they are.
+Rows are drawn at random, fifteen for an unknown at most, from no more images than it takes to have four times as many
+output pixels, but 64: what many images are needed for is a late layer of few pixels. A ridge draws towards zero and towards
+prior weights; images that no system has seen choose between strengths, and between all of these and the prior weights
+as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from .algebra import Geometry, as_torch_pad
 
-__all__ = ["FEW_ROWS", "STRENGTHS", "Fit", "Pairs", "Regression", "Wanted", "patches", "window_of"]
+__all__ = ["ENOUGH_IMAGES", "FEW_ROWS", "STRENGTHS", "Fit", "Pairs", "Regression", "Wanted", "patches", "window_of"]
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths that are tried, as shares of the mean diagonal of P'P."""
@@ -35,6 +37,10 @@ FEW_ROWS = 5.0
 
 _ENOUGH_ROWS = 15.0
 _HELD_OUT_ROWS = 2048
+_ENOUGH_PIXELS = 4
+"""Output pixels for each row that is drawn: neighbours are much alike."""
+ENOUGH_IMAGES = 64
+"""That are looked at in any case, if there are so many."""
 _CHUNK = 2**26
 """Bytes of patches that are gathered at once."""
 _STEPS, _PATIENCE = 60, 5
@@ -360,7 +366,7 @@ class _Stored:
     def expected(self) -> int:
         """About how many there are, from the first batch."""
         x, _ = next(iter(self.pairs))
-        return min(self.most, len(self.pairs) * len(x) * math.prod(self.window.out_size(x.shape[2:])))
+        return min(self.most, len(self.pairs) * _pixels(self.window, x))
 
     def keep(self) -> None:
         """Hold them in memory."""
@@ -371,23 +377,33 @@ class _Stored:
 
 
 def _rows(window: Geometry, pairs: Pairs, most: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Patches (groups, rows, unknowns) and targets (groups, rows, outputs), chunk by chunk; at most so many rows of all batches.
+    """Patches (groups, rows, unknowns) and targets (groups, rows, outputs), chunk by chunk; at most so many rows.
 
-    In float32, or float64 where the input is. The same rows every time.
+    In float32, or float64 where the input is. The same rows every time, from the first batches that have enough.
     """
     generator = torch.Generator().manual_seed(0)
-    share = -(-most // len(pairs))
-    for x, targets in pairs:
+    batches = len(pairs)
+    for number, (x, targets) in enumerate(pairs):
+        if number == 0:
+            needed = max(-(-ENOUGH_IMAGES // len(x)), -(-_ENOUGH_PIXELS * most // _pixels(window, x)))
+            batches = min(needed, batches)
+            share = -(-most // batches)
         if x.device.type == "mps":  # which has no float64
             x, targets = x.cpu(), [target.cpu() for target in targets]
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-        total = len(x) * math.prod(window.out_size(x.shape[2:]))
+        total = _pixels(window, x)
         drawn = torch.arange(total)
         if total > share:
             drawn = torch.randperm(total, generator=generator)[:share].sort().values
         step = max(1, _CHUNK // (dtype.itemsize * window.in_channels * math.prod(window.kernel)))
         for chosen in torch.split(drawn.to(x.device), step):
             yield patches(x.to(dtype), window, chosen), [_grouped(t, window.groups, chosen).to(dtype) for t in targets]
+        if number + 1 == batches:
+            return  # before the next one is computed
+
+
+def _pixels(window: Geometry, x: Tensor) -> int:
+    return len(x) * math.prod(window.out_size(x.shape[2:]))
 
 
 def patches(x: Tensor, geometry: Geometry, chosen: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from fxmerge.passes._base import GraphPass, PassResult
 from fxmerge.passes.canonicalise import CanonicalisePass
 from fxmerge.passes.enumerate_segments import EnumerateSegmentsPass, EnumerationResult
 from fxmerge.passes.fold import FoldPass, FoldResult
+from fxmerge.passes.polish import PolishPass, PolishResult
 from fxmerge.passes.profile_latency import LatencyTable, ProfileLatencyPass, ProfileResult
 from fxmerge.passes.recognise import RecognisePass
 from fxmerge.passes.refit import RefitPass, RefitResult
@@ -33,6 +34,8 @@ __all__ = [
     "GraphPass",
     "LatencyTable",
     "PassResult",
+    "PolishPass",
+    "PolishResult",
     "ProfileLatencyPass",
     "ProfileResult",
     "RecognisePass",

@@ -10,9 +10,10 @@ of these is then fitted (:mod:`fxmerge.regression`):
    weights are installed, is decided by the held-out images.
 3. Behind it stands a batch norm that changes nothing, because folded convolutions hardly train (fold removes it).
 
-Then the last linear layer, where its output is the network's, is fitted to the original's in the same way, its old weights in
-place of composed ones. A segment keeps its composed weights where a norm returned behind it, an activation was put
-behind it, a side input passes through it, or its moments would not fit into ``memory``.
+On request convolutions that are kept, but read what has changed, are fitted between them to what they gave in the
+original, and then always the last linear layer, where its output is the network's: their old weights are in place of
+composed ones. A segment keeps its composed weights where a norm returned behind it, an activation was put behind it, a side
+input passes through it, or its moments would not fit into ``memory``.
 
 Works in place on a relaxed graph of the original; needs the ids of a canonical graph, and leaves them. A graph without
 merged segments is left as it is.
@@ -20,10 +21,10 @@ merged segments is left as it is.
 
 from __future__ import annotations
 
-__all__ = ["Known", "RefitPass", "RefitResult", "known_inputs", "put", "refit", "refit_alone", "why_not"]
+__all__ = ["Known", "RefitPass", "RefitResult", "Reuse", "known_inputs", "put", "refit", "refit_alone", "why_not"]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -42,6 +43,7 @@ from fxmerge.graph import (
     changed_nodes,
     clone,
     graph_meta,
+    is_convolution,
     is_tensor,
     module_of,
     node_id,
@@ -54,7 +56,7 @@ from fxmerge.linear import conv_geometry
 from fxmerge.passes._base import GraphPass
 from fxmerge.passes.fold import fold_segments
 from fxmerge.passes.relax import RelaxPass
-from fxmerge.regression import Fit, Regression, window_of
+from fxmerge.regression import ENOUGH_IMAGES, Fit, Regression, window_of
 from fxmerge.surgery import insert_behind
 
 Known: TypeAlias = Mapping[str, Any]
@@ -109,6 +111,8 @@ def refit(
     memory: int = 2**31,
     *,
     last: bool = True,
+    kept: Callable[[str], bool] | None = None,
+    reuse: Reuse | None = None,
 ) -> tuple[Refitted, ...]:
     """Fit in place.
 
@@ -120,6 +124,8 @@ def refit(
         held_out: images to choose by.
         memory: bound on what one fit holds, in bytes.
         last: fit the last linear layer, too, if anything was fitted.
+        kept: whether a kept convolution of that id, whose input has changed, is fitted, too; None for none.
+        reuse: fits of other plans of the same network and images. With it no batch norms are put behind convolutions.
 
     Returns:
         What became of every merged convolution, in the order of the graph, and of the last linear layer.
@@ -128,13 +134,17 @@ def refit(
     if not segments:
         return ()
     old = set(gm.modules())
-    fold_segments(gm)
-    work = _Refit(original, gm, (fit, held_out), memory)
-    nodes = [node for node in gm.graph.nodes if node.meta.get(META, {}).get("exit") in segments]
-    waiting = set(nodes)
+    fold_segments(gm, check=reuse is None)
+    work = _Refit(original, gm, (fit, held_out), memory, reuse)
+    merged = [node for node in gm.graph.nodes if node.meta.get(META, {}).get("exit") in segments]
+    nodes = merged if kept is None else _with_kept(original, gm, merged, kept)
+    waiting = set(merged)
     found = []
     with eval_mode(original), eval_mode(gm), torch.no_grad():
         for node in nodes:
+            if node not in waiting:
+                found.append(work.fit_kept(node))
+                continue
             waiting.discard(node)
             candidate = Candidate.from_json(segments[node.meta[META]["exit"]]["candidate"])
             found.append(work.fit(node, candidate, waiting))
@@ -275,12 +285,33 @@ class _Pairs:
             yield self.shaped(x), [self.shaped(target) for target in targets]
 
 
+@dataclass(slots=True)
+class Reuse:
+    """Fits of one plan that others can take over: where all that starts in front of what was fitted to is the same.
+
+    Attributes:
+        plan: all candidates of the plan that is fitted now.
+        fits: what starts in front, the candidate, and what it was fitted to.
+    """
+
+    plan: tuple[Candidate, ...] = ()
+    fits: dict[tuple[frozenset[Candidate], Candidate, str], Fit] = field(default_factory=dict)
+
+
 class _Refit:
     """One run of the pass."""
 
     def __init__(
-        self, original: fx.GraphModule, gm: fx.GraphModule, parts: tuple[Sequence[Known], Sequence[Known]], memory: int
+        self,
+        original: fx.GraphModule,
+        gm: fx.GraphModule,
+        parts: tuple[Sequence[Known], Sequence[Known]],
+        memory: int,
+        reuse: Reuse | None = None,
     ) -> None:
+        self.reuse = Reuse() if reuse is None else reuse
+        self.norms = reuse is None
+        self.order = {node_id(node): number for number, node in enumerate(original.graph.nodes)}
         self.original = original
         self.gm = gm
         self.memory = memory
@@ -307,9 +338,27 @@ class _Refit:
             return Refitted(node_id(node), reason=reason)
         total, other = self._joined(node, waiting)
         wanted = self.targets[candidate.exit if total is None else node_id(total)]
-        fit = self._solve(conv_geometry(module), node.all_input_nodes[0], wanted, module.weight, _bias(module), other)
+        before = frozenset(c for c in self.reuse.plan if self.order[c.entry] < self.order[node_id(wanted)])
+        key = before, candidate, node_id(wanted)
+        if key not in self.reuse.fits:
+            geometry, source = conv_geometry(module), node.all_input_nodes[0]
+            self.reuse.fits[key] = self._solve(geometry, source, wanted, module.weight, _bias(module), other)
+        fit = self.reuse.fits[key]
         put(fit, module)
-        self._normalise(node, module)
+        if self.norms:
+            self._normalise(node, module)
+        return _outcome(node_id(node), fit)
+
+    def fit_kept(self, node: fx.Node) -> Refitted:
+        """Fit a convolution that is kept to what it gave in the original; its old weights are what a ridge may draw to."""
+        module = module_of(self.gm, node)
+        assert isinstance(module, CONVOLUTIONS)  # noqa: S101 - how it was chosen
+        geometry, wanted = conv_geometry(module), self.targets[node_id(node)]
+        fit = self._solve(geometry, node.all_input_nodes[0], wanted, module.weight, _bias(module))
+        if module.bias is None and fit.strength is not None:
+            trains = module.weight.requires_grad
+            module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0].flatten(1)[:, 0]), requires_grad=trains)
+        put(fit, module)
         return _outcome(node_id(node), fit)
 
     def _joined(self, node: fx.Node, waiting: set[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
@@ -345,8 +394,12 @@ class _Refit:
         """Put a batch norm behind a convolution whose running statistics are what it scales and shifts back."""
         count, total, squares = 0, 0.0, 0.0
         axes = [0, *range(2, module.weight.ndim)]
+        images = 0
         for values, _ in self.fitted:
+            if images >= ENOUGH_IMAGES:
+                break
             wide: Any = evaluate(self.gm, node, {**values.known, **values.recent}).double()
+            images += len(wide)
             count += wide.numel() // wide.shape[1]
             total, squares = total + wide.sum(axes), squares + wide.square().sum(axes)
         mean: Any = total / count
@@ -377,6 +430,26 @@ class _Refit:
         if module.bias is not None:
             module.bias.copy_(fit.bias.to(module.bias.dtype))
         return _outcome(node_id(node), fit)
+
+
+def _with_kept(
+    original: fx.GraphModule, gm: fx.GraphModule, merged: Sequence[fx.Node], may: Callable[[str], bool]
+) -> list[fx.Node]:
+    """Merged convolutions and those kept ones that read what has changed, in the order of the graph."""
+    before, changed, shared = by_id(original), changed_nodes(original, gm), shared_targets(gm)
+
+    def fits(node: fx.Node) -> bool:
+        twin = before.get(node_id(node))
+        return (
+            is_convolution(gm, node)
+            and not changed.isdisjoint(node.all_input_nodes)
+            and str(node.target) not in shared
+            and twin is not None
+            and shape_of(twin) == shape_of(node)
+            and may(node_id(node))
+        )
+
+    return [node for node in gm.graph.nodes if node in merged or fits(node)]
 
 
 def why_not(node: fx.Node, candidate: Candidate, targets: Mapping[str, fx.Node]) -> str:

@@ -215,8 +215,14 @@ def test_options_reach_the_library(capsys, monkeypatch):
         "magnitude",
         "--fit",
         "compose",
+        "--refit-kept",
+        "--search",
+        "none",
+        "--polish",
+        "30",
     )
     assert refused(capsys, *command, *search, *measure) == "seen enough"
+    assert (seen["refit_kept"], seen["search"], seen["polish"]) == (True, None, 30)
     assert seen["budget"] == "8ms"
     assert repr(seen["runtime"]) == "OnnxRuntime(threads=3)"
     expected = {"method": "depth", "max_kernel": 5, "max_span": 4, "exit_activation": True, "levels": 9}
@@ -229,6 +235,7 @@ def test_options_reach_the_library(capsys, monkeypatch):
 
     seen.clear()
     refused(capsys, "compress", "clinets:net", *SHAPE, "--budget", "0.5")
+    assert (seen["refit_kept"], seen["search"], seen["polish"]) == (False, "1min", None)
     assert set(seen) == {
         "budget",
         "model",
@@ -241,6 +248,9 @@ def test_options_reach_the_library(capsys, monkeypatch):
         "levels",
         "executor",
         "importance_table",
+        "refit_kept",
+        "search",
+        "polish",
     }
     assert (seen["runtime"], seen["calibration"], seen["fit"], seen["levels"]) == ("auto", None, "auto", None)
 
@@ -639,7 +649,10 @@ def test_what_is_no_model_is_named(capsys, model, words):
         ),
         (("--export", "nowhere/net.onnx"), "cannot export to 'nowhere/net.onnx': its folder does not exist."),
         (("--runtime", "tpu"), "unknown runtime 'tpu'; expected one of 'auto', 'tensorrt', "),
-        (("--importance", "taylor"), "unknown importance 'taylor'; the known ones are auto, distortion, magnitude"),
+        (
+            ("--importance", "taylor"),
+            "unknown importance 'taylor'; the known ones are auto, distortion, local, magnitude",
+        ),
         (("--method", "width"), "unknown method 'width'; the known ones are layermerge, depth, layer"),
         (("--budget", "8ms", *MACS), "budget='8ms' is in ms, but this runtime measures MACs"),
         (("--budget", "lots"), "budget='lots' is not a number"),

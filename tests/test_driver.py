@@ -177,7 +177,10 @@ def test_a_budget_is_in_the_unit_of_the_runtime(runtime, budget, words):
         ),
         ({"runtime": 7}, "unknown runtime 7; expected one of 'auto', "),
         ({"method": "width"}, "unknown method 'width'; the known ones are layermerge, depth, layer"),
-        ({"importance": "taylor"}, "unknown importance 'taylor'; the known ones are auto, distortion, magnitude"),
+        (
+            {"importance": "taylor"},
+            "unknown importance 'taylor'; the known ones are auto, distortion, local, magnitude",
+        ),
         (
             {"importance": "distortion"},
             "importance='distortion' compares outputs on calibration inputs: pass calibration",

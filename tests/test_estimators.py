@@ -19,9 +19,12 @@ from fxmerge.errors import UserError
 from fxmerge.estimators import (
     Distortion,
     Estimator,
+    Local,
     Magnitude,
     distance,
     get_estimator,
+    of_outputs,
+    remember,
 )
 from fxmerge.evaluate import evaluate, recorder
 from fxmerge.fitting import apply_candidates
@@ -257,6 +260,86 @@ def test_an_empty_plan_is_a_copy(net, calibration):
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in copied.state_dict().items())
 
 
+def test_a_distance_of_the_users_own(net, calibration):
+    """One output: the two tensors; several: lists of them. What it returns is averaged over the held-out batches."""
+    drop = next(c for c in candidates_of(net) if c.kind == "drop")
+    relaxed, _ = apply_candidates(net, (drop,), calibration)
+    pairs = [[outputs_of(gm, batch) for gm in (relaxed, net)] for batch in calibration.held_out]
+    seen = []
+
+    def farthest(outputs, reference):
+        seen.append((outputs, reference))
+        outputs, reference = ([x] if isinstance(x, torch.Tensor) else x for x in (outputs, reference))
+        return max((a - b).abs().max() for a, b in zip(outputs, reference, strict=True))
+
+    expected = np.mean([float(farthest(*pair)) for pair in pairs])
+    seen.clear()
+    assert Distortion(calibration, distance=farthest).prepare(net)(drop) == pytest.approx(expected, rel=1e-6)
+    assert len(seen) == len(calibration.held_out)
+    kinds = {type(each) for pair in seen for each in pair}
+    assert kinds == {torch.Tensor if len(pairs[0][0]) == 1 else list}
+    assert of_outputs(lambda a, b: a.shape == b.shape, [torch.ones(2)], [torch.ones(2)]) == 1.0
+    assert of_outputs(lambda a, b: len(a) + len(b), [torch.ones(2)] * 3, [torch.ones(2)] * 3) == 6.0
+    with pytest.raises(UserError, match=r"^distance= failed on outputs of shape \[\[2\]\]: no such loss$"):
+        of_outputs(raising, [torch.ones(2)], [torch.ones(2)])
+    with pytest.raises(UserError, match=r"^distance= returned nan: expected a finite number"):
+        of_outputs(lambda a, b: float("nan") * (a + b).sum(), [torch.ones(2)], [torch.ones(2)])
+
+
+def raising(*_):
+    raise ValueError("no such loss")
+
+
+# --- local ------------------------------------------------------------------------------------------------------------
+
+
+def relative_error(found, expected):
+    return float((found - expected).square().sum() / (expected - expected.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("fit", ["compose", "refit"])
+@pytest.mark.parametrize("memory", ["1GiB", 1])
+def test_the_local_error_is_that_of_the_first_common_value(net, calibration, fit, memory):
+    candidates = candidates_of(net)
+    estimator = Local(calibration, memory, fit)
+    score, network = (
+        estimator.prepare(net, candidates),
+        estimator._networks(net, candidates, remember(net, calibration, 1)),
+    )
+    nodes = by_id(net)
+    order = {name: number for number, name in enumerate(nodes)}
+    compared = set()
+    for candidate in candidates:
+        relaxed = network(candidate)
+        twins = by_id(relaxed)
+        behind = [name for name in nodes if order[name] >= order[candidate.exit] and name in twins]
+        errors = {}
+        for name in behind[:4]:
+            pairs = [
+                [recorder(gm, [by_id(gm)[name]])(b)[1] for gm in (relaxed.eval(), net)] for b in calibration.held_out
+            ]
+            values = [[next(iter(each.values())) for each in pair] for pair in pairs]
+            if isinstance(values[0][0], torch.Tensor) and values[0][0].is_floating_point():
+                errors[name] = np.mean([relative_error(a.double(), b.double()) for a, b in values])
+        found = score(candidate)
+        assert any(found == pytest.approx(error, rel=1e-3, abs=1e-9) for error in errors.values())
+        compared |= {name for name, error in errors.items() if found == pytest.approx(error, rel=1e-3, abs=1e-9)}
+    assert len(compared) >= 3
+
+
+def test_the_local_error_computes_nothing_behind(net, calibration, monkeypatch):
+    score = Local(calibration).prepare(net)
+    candidate = next(c for c in candidates_of(net) if c.kept == ("a.0", "b.0"))
+    calls = []
+    true_forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or true_forward(self, x))
+    before = len(calls)
+    score(candidate)
+    local = len(calls) - before
+    Distortion(calibration).prepare(net)(candidate)
+    assert local < len(calls) - local
+
+
 # --- choice -----------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +347,11 @@ def test_estimators_by_name(calibration):
     assert isinstance(get_estimator("auto", None), Magnitude)
     assert isinstance(get_estimator("auto", calibration), Distortion)
     assert isinstance(get_estimator("magnitude", calibration), Magnitude)
+    local = get_estimator("local", calibration, "refit", "1MB")
+    assert (type(local), local.name, local.fit, local.memory, local.by_start) == (Local, "local", "refit", 10**6, True)
+    own_distance = get_estimator("distortion", calibration, distance=raising)
+    assert isinstance(own_distance, Distortion)
+    assert own_distance.distance is raising
     chosen = get_estimator("auto", calibration, "refit", "1MB")
     assert (chosen.fit, chosen.memory) == ("refit", 10**6)
     assert Distortion(calibration).fit == get_estimator("distortion", calibration).fit == "compose"
@@ -272,7 +360,13 @@ def test_estimators_by_name(calibration):
     assert isinstance(own, Estimator)
     with pytest.raises(UserError, match=r"compares outputs on calibration inputs: pass calibration="):
         get_estimator("distortion", None)
-    with pytest.raises(UserError, match="unknown importance 'norm'; the known ones are auto, distortion, magnitude"):
+    with pytest.raises(
+        UserError, match=r"^importance='local' compares values on calibration inputs: pass calibration="
+    ):
+        get_estimator("local", None)
+    with pytest.raises(
+        UserError, match="unknown importance 'norm'; the known ones are auto, distortion, local, magnitude"
+    ):
         get_estimator("norm", None)
 
 

@@ -319,6 +319,61 @@ def test_last_false_leaves_the_last_layer():
     assert torch.equal(found.get_submodule("4.2").weight, gm.get_submodule("4.2").weight)
 
 
+# --- kept convolutions ------------------------------------------------------------------------------------------------
+
+
+def with_kept(gm, chosen, data, may=lambda _: True):
+    found = relaxed(gm, *chosen)
+    return found, refit(gm, found, known_inputs(gm, data.fit), known_inputs(gm, data.held_out), kept=may)
+
+
+def test_kept_convolutions_behind_a_change_are_fitted_to_what_they_gave():
+    gm = captured(
+        lively(nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 6), conv(6, 6, g=2), head(6))), images(2, 3, 12, 12)
+    )
+    chosen, data = merge_to(gm, "1.1", 2), calibration(gm, 200)
+    without, _ = refitted(gm, chosen, data=data)
+    found, fits = with_kept(gm, [chosen], data)
+    assert [each.name for each in fits] == ["0.0", "2.0", "3.0", "4.2"]
+    assert all(each.fitted and each.error < each.composed_error for each in fits)
+    fresh = images(60, 3, 12, 12, seed=11)
+    after, before = (
+        distance(outputs_of(each, ((fresh,), {})), outputs_of(gm, ((fresh,), {}))) for each in (found, without)
+    )
+    assert after < before
+    node, old = by_id(found)["2.0"], gm.get_submodule("2.0")
+    (source,) = node.all_input_nodes
+    parts = [
+        [(value_of(found, source, x), [value_of(gm, by_id(gm)["2.0"], x)]) for (x,), _ in batches]
+        for batches in (data.fit, data.held_out)
+    ]
+    geometry = conv_geometry(old)
+    expected = Regression(geometry, *parts).fit([(geometry, 0, old.weight, torch.zeros(6, dtype=torch.float64))])[0]
+    installed = found.get_submodule("2.0")
+    torch.testing.assert_close(installed.weight.detach(), expected.weight, rtol=0, atol=1e-10)
+    torch.testing.assert_close(installed.bias.detach(), expected.bias, rtol=0, atol=1e-10)  # it had none before
+    assert old.bias is None
+    assert isinstance(installed.bias, nn.Parameter)
+    assert output_error(merge_graph(found), found, fresh) < 1e-10
+
+
+def test_kept_convolutions_in_front_or_outside_of_the_limits_stay():
+    gm, _ = two_merges()
+    data = calibration(gm)
+    chosen = merge_to(gm, "1.0.left.1.1", 2)
+    found, fits = with_kept(gm, [chosen], data)
+    assert [each.name for each in fits] == ["1.0.left.0.0", "2.2"]
+    assert all(
+        torch.equal(found.get_submodule(name).weight, gm.get_submodule(name).weight) for name in ("0.0.0", "0.1.0")
+    )
+    first = merge_to(gm, "0.1.1", 2)
+    asked = []
+    _, fits = with_kept(gm, [first], data, lambda name: asked.append(name) or name != "1.0.left.1.0")
+    assert "1.0.left.1.0" in asked
+    assert "1.0.left.0.0" in [each.name for each in fits]
+    assert "1.0.left.1.0" not in [each.name for each in fits]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

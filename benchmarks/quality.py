@@ -1,0 +1,258 @@
+"""What a latency costs in quality: fxmerge against its own baselines and channel pruning, before and after fine-tuning.
+
+``pip install '.[bench]'``, then ``python benchmarks/quality.py`` writes a record to ``benchmarks/results/quality.json`` after every
+network, and beside it the table ``quality.md``. What is in the file already is not done again. Trained networks, latencies and
+losses are kept in ``--work``. The main table: two budgets, three seeds; ``--budgets 0.8 0.4 0.3 --seeds 0`` for the rest.
+
+Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on one thread:
+
+- ``polish``: what ``compress(model, example, budget, calibration=..., polish="10s")`` does, with half a minute of search.
+- ``refit``: the same without polish, the default.
+- ``sum of losses``: without search, too.
+- ``compose``: weights multiplied out, batch norms re-estimated, as the paper does.
+- ``depth``, ``layer``: the paper's baselines, with refitted weights.
+- ``channels``: channel pruning by torch-pruning as its README shows it (group L2 norm, globally), batch norms re-estimated, its
+  ratio found by bisection of the measured latency.
+
+Calibration has no labels. Fine-tuning is the same few steps with labels for all, of ``result.model`` or the pruned network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxmerge
+from fxmerge.errors import BudgetError
+from fxmerge.runtimes import get_runtime, interleave
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from tasks import TASKS, Task, batches, trained
+
+RESULTS = Path(__file__).with_name("results") / "quality.json"
+RUNTIME = "onnxruntime:threads=1"
+METHODS: dict[str, dict[str, Any]] = {
+    "polish": {"search": "30s", "polish": "10s"},
+    "refit": {"search": "30s"},
+    "sum of losses": {"search": None},
+    "compose": {"fit": "compose", "search": None},
+    "depth": {"method": "depth", "search": None},
+    "layer": {"method": "layer", "search": None},
+}
+IMAGES = 512
+STEPS = 60
+RATE = 1e-3
+HALVINGS = 6
+SECONDS = 0.5
+
+
+def main() -> None:
+    """Run what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "channels"], choices=[*METHODS, "channels"])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.65, 0.5])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where records are written")
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="folder of what can be made again")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    records: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
+    for seed in options.seeds:
+        for name in options.tasks:
+            for method in options.methods:
+                missing = [b for b in options.budgets if key(name, seed, method, b) not in records]
+                if not missing:
+                    continue
+                for budget, record in measure(name, seed, method, missing, options.work):
+                    records[key(name, seed, method, budget)] = record
+                    options.results.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
+                    options.results.with_suffix(".md").write_text(table(records))
+                    print(key(name, seed, method, budget), record, flush=True)
+
+
+def key(name: str, seed: int, method: str, budget: float) -> str:
+    """Under what a record is kept."""
+    return f"{name}, seed {seed}, {method}, {budget:g}"
+
+
+def measure(
+    name: str, seed: int, method: str, budgets: list[float], work: Path
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Pairs of a budget and its record."""
+    task, model = TASKS[name], trained(name, seed, work)
+    images = task.train()[0][:IMAGES]
+    example = task.test()[0][: task.batch]
+    compress = (
+        pruner(model, example, images)
+        if method == "channels"
+        else ours(name, seed, method, model, example, images, work)
+    )
+    original = task.quality(model)
+    for budget in budgets:
+        start = time.perf_counter()
+        try:
+            network, share = compress(budget)
+        except BudgetError as error:
+            yield budget, {"original": original, "refused": str(error)}
+            continue
+        spent = time.perf_counter() - start
+        before = task.quality(network)
+        finetune(network, task, seed)
+        yield (
+            budget,
+            {
+                "original": original,
+                "share": share,
+                "before": before,
+                "after": task.quality(network),
+                "convolutions": sum(isinstance(module, nn.Conv2d) for module in network.modules()),
+                "seconds": spent,
+            },
+        )
+
+
+Compress = Callable[[float], tuple[nn.Module, float]]
+"""From a budget to a network that trains, and its measured share of the original."""
+
+
+def ours(name: str, seed: int, method: str, model: nn.Module, example: Tensor, images: Tensor, work: Path) -> Compress:
+    """By :func:`fxmerge.compress`, step by step."""
+    options = METHODS[method]
+    frontier = fxmerge.frontier(
+        model,
+        example,
+        runtime=RUNTIME,
+        calibration=images.split(32),  # type: ignore[no-untyped-call]
+        store=work / "latency.sqlite",
+        importance_table=work / f"{name}-{seed}-{options.get('fit', 'refit')}.sqlite",
+        **options,
+    )
+
+    def compress(budget: float) -> tuple[nn.Module, float]:
+        result = frontier.compress(budget)
+        return result.model, result.report.measured / result.report.original
+
+    return compress
+
+
+def pruner(model: nn.Module, example: Tensor, images: Tensor) -> Compress:
+    """The network with as many channels as the budget allows; both are timed folded, as deployed."""
+    runtime = get_runtime(RUNTIME)
+    original = runtime.build(fxmerge.fold(model, example), (example,), {})
+
+    def compress(budget: float) -> tuple[nn.Module, float]:
+        low, high = 0.0, 0.95
+        best: tuple[nn.Module, float] | None = None
+        for _ in range(HALVINGS):
+            ratio = (low + high) / 2
+            network = pruned(model, example, ratio)
+            mine, whole = interleave([runtime.build(fxmerge.fold(network, example), (example,), {}), original], SECONDS)
+            share = mine.latency / whole.latency
+            if share <= budget:
+                best, high = (network, share), ratio
+            else:
+                low = ratio
+        if best is None:
+            raise BudgetError(f"channel pruning does not reach {budget:.0%}")
+        reestimate(best[0], images)
+        return best
+
+    return compress
+
+
+def pruned(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
+    """A copy with fewer channels, everywhere but in what gives the outputs."""
+    import torch_pruning as tp
+
+    network = copy.deepcopy(model)
+    last = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
+    pruner = tp.pruner.MetaPruner(
+        network,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        global_pruning=True,
+        ignored_layers=[last],
+    )
+    pruner.step()
+    return network
+
+
+@torch.no_grad()
+def reestimate(network: nn.Module, images: Tensor) -> None:
+    """Batch-norm statistics anew, averaged over all images."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    network.train()
+    for part in images.split(32):  # type: ignore[no-untyped-call]
+        network(part)
+    network.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def finetune(network: nn.Module, task: Task, seed: int) -> None:
+    """A short pass with targets, the same for every method."""
+    optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    network.train()
+    for number, (images, targets) in enumerate(batches(task, 7777 + seed)):
+        if number == STEPS:
+            break
+        optimizer.zero_grad()
+        task.loss(network(images), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    network.eval()
+
+
+def table(records: dict[str, dict[str, Any]]) -> str:
+    """Mean (and standard deviation over seeds) for every network, budget and method, in Markdown."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for name, record in records.items():
+        task, _, method, budget = name.split(", ")
+        groups.setdefault((task, budget, method), []).append(record)
+    order = {method: number for number, method in enumerate([*METHODS, "channels"])}
+    lines = [
+        "| network | budget | method | measured | original | not fine-tuned | fine-tuned | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ordered = sorted(
+        groups.items(), key=lambda each: (list(TASKS).index(each[0][0]), -float(each[0][1]), order[each[0][2]])
+    )
+    for (task, budget, method), found in ordered:
+        unit = TASKS[task].unit
+        done = [record for record in found if "after" in record]
+        if not done:
+            lines.append(f"| {task} | {budget} | {method} | out of reach | | | | {len(found)} |")
+            continue
+        shares = statistics.mean(record["share"] for record in done)
+        cells = [spread([record[name] for record in done], unit) for name in ("original", "before", "after")]
+        lines.append(f"| {task} | {budget} | {method} | {shares:.3f} | {' | '.join(cells)} | {len(done)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], unit: str) -> str:
+    """Mean, and standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f} {unit}" if len(values) > 1 else f"{mean} {unit}"
+
+
+if __name__ == "__main__":
+    main()

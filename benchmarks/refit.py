@@ -1,0 +1,229 @@
+"""What a refit costs, and that few images do no harm.
+
+``pip install '.[bench]'``, then ``python benchmarks/refit.py`` writes ``benchmarks/results/refit.json`` and the table ``refit.md``
+beside it.
+
+1. ResNet-18 at 224x224, calibrated on 512 crops of photographs (every fit takes as many of them as it needs): seconds and peak
+   memory of fitting all segments of a plan of half the multiply-accumulates, in a process of its own; and of scoring all candidates
+   by the default estimator on 16 crops. Weights are random, with the statistics of the crops: time does not depend on them.
+2. Few rows: every merge of two trained networks (tests/tasks.py) alone, fitted on as many images as give 0.3, 1 and 3 rows per
+   unknown; the squared error at its exit on fresh images, as a share of the variance, of the weights that were
+   installed, of the composed ones, and of a plain ridge regression without held-out images. In how many merges the
+   installed weights are worse than the composed ones, and the medians of all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import fxmerge
+from fxmerge import regression
+from fxmerge.algebra import Geometry
+from fxmerge.calibration import read_calibration
+from fxmerge.candidates import Candidate
+from fxmerge.estimators import Distortion
+from fxmerge.evaluate import evaluate
+from fxmerge.graph import META, by_id, clone, module_of, shape_of
+from fxmerge.linear import conv_geometry
+from fxmerge.passes import RefitPass, RelaxPass
+from fxmerge.passes.enumerate_segments import enumerate_segments
+from fxmerge.passes.fold import fold_segments
+from fxmerge.regression import Regression
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from tasks import TASKS, photograph_crops, trained
+from zoo import NETWORKS
+
+RESULTS = Path(__file__).with_name("results") / "refit.json"
+ROWS = (0.3, 1.0, 3.0)
+FRESH = 64
+MERGES = 30
+
+
+def main() -> None:
+    """Run both parts, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["DnCNN", "ResNet-20"], choices=list(TASKS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where records are written")
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="folder of trained networks")
+    parser.add_argument("--only", choices=["refit", "score"], help="one timing, printed as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if options.only:
+        print(json.dumps(time_refit() if options.only == "refit" else time_score()))
+        return
+    record: dict[str, Any] = {}
+    for part in ("refit", "score"):
+        command = [sys.executable, __file__, "--only", part]
+        record[part] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+        print(part, record[part], flush=True)
+    record["few rows"] = {name: few_rows(name, options.work) for name in options.tasks}
+    options.results.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    options.results.with_suffix(".md").write_text(table(record))
+    print(table(record))
+
+
+def resnet18(crops: Tensor) -> fx.GraphModule:
+    """Random weights; batch-norm statistics of the crops."""
+    model = NETWORKS["resnet18"](size=224, seed=0).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    with torch.no_grad():
+        model(crops[:32])
+    return clone(fxmerge.capture(model.eval(), crops[:2])).eval()
+
+
+def time_refit() -> dict[str, float]:
+    """Fit every merge of a plan of ResNet-18."""
+    crops = photograph_crops(512, 224)
+    gm = resnet18(crops)
+    plan = fxmerge.frontier(gm, crops[:2], runtime="macs").at(0.5)
+    data = read_calibration(crops.split(32), None, gm, ((crops[:2],), {}))  # type: ignore[no-untyped-call]
+    relaxed = RelaxPass(plan.candidates)(clone(gm)).graph_module
+    start = time.perf_counter()
+    fits = RefitPass(gm, data)(relaxed).fits  # type: ignore[attr-defined]
+    return {
+        "seconds": time.perf_counter() - start,
+        "fits": len(fits),
+        "fitted": sum(fit.fitted for fit in fits),
+        "least rows per unknown": min(fit.rows_per_unknown for fit in fits),
+        "images": len(crops),
+        "GiB": peak(),
+    }
+
+
+def time_score() -> dict[str, float]:
+    """Score every candidate of ResNet-18 that would be faster."""
+    crops = photograph_crops(16, 224)
+    gm = resnet18(crops)
+    candidates = list(dict.fromkeys(site.candidate for site in enumerate_segments(gm).sites))
+    data = read_calibration(crops.split(4), None, gm, ((crops[:2],), {}))  # type: ignore[no-untyped-call]
+    start = time.perf_counter()
+    score = Distortion(data, fit="refit").prepare(gm, candidates)
+    for candidate in candidates:
+        score(candidate)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "candidates": len(candidates), "images": len(crops), "GiB": peak()}
+
+
+def peak() -> float:
+    """Peak resident memory of this process in GiB."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size / 2**30 if sys.platform == "darwin" else size / 2**20
+
+
+# --- few rows ---------------------------------------------------------------------------------------------------------
+
+
+def few_rows(name: str, work: Path) -> dict[str, dict[str, float]]:
+    """Of every number of rows per unknown: merges, how many are worse than composed, and median errors."""
+    task, model = TASKS[name], trained(name, 0, work)
+    images, fresh = task.train()[0], task.test()[0][:FRESH]
+    gm = clone(fxmerge.capture(model, images[:2])).eval()
+    sites = enumerate_segments(gm).sites
+    merges = [c for c in dict.fromkeys(site.candidate for site in sites) if c.kind == "merge" and not c.norm]
+    merges = merges[:: max(1, len(merges) // MERGES)][:MERGES]
+    found = {}
+    for rows in ROWS:
+        errors = [each for each in (compare(gm, candidate, images, fresh, rows) for candidate in merges) if each]
+        found[str(rows)] = {
+            "merges": len(errors),
+            "worse": sum(installed > composed * (1 + 1e-9) for installed, composed, _ in errors),
+            **{
+                title: statistics.median(error[number] for error in errors)
+                for number, title in enumerate(("installed", "composed", "plain ridge"))
+            },
+        }
+        print(name, rows, found[str(rows)], flush=True)
+    return found
+
+
+def compare(
+    gm: fx.GraphModule, candidate: Candidate, images: Tensor, fresh: Tensor, rows: float
+) -> tuple[float, float, float] | None:
+    """Errors on fresh images: installed, composed, and a plain ridge regression; None where an image has more rows than asked."""
+    network = RelaxPass((candidate,))(clone(gm)).graph_module.eval()
+    fold_segments(network, check=False)
+    node = next(node for node in network.graph.nodes if node.meta.get(META, {}).get("exit") == candidate.exit)
+    module: Any = module_of(network, node)
+    geometry, nodes = conv_geometry(module), by_id(gm)
+    wanted = nodes[candidate.exit]
+    unknowns = math.prod(geometry.weight_shape[1:])
+    count = round(rows * unknowns / math.prod(shape_of(wanted)[2:]) / 0.8)
+    if count < 2 or count > len(images):
+        return None
+    source = nodes[candidate.entry]
+
+    def pairs(x: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
+        with torch.no_grad():
+            (image,) = gm.graph.find_nodes(op="placeholder")
+            return [(evaluate(gm, source, {image: x}), [evaluate(gm, wanted, {image: x})])]
+
+    held_out = max(1, count // 5)
+    prior = (geometry, 0, module.weight.detach(), _bias(module))
+    fit, checked = pairs(images[held_out:count]), pairs(images[:held_out])
+    installed = Regression(geometry, fit, checked).fit([prior])[0]
+    judge = Regression(geometry, fit, pairs(fresh))
+    plain = _plain(geometry, fit)
+    columns = regression._columns(geometry, geometry)
+    return (
+        judge.error(*regression._as_columns(geometry, installed.weight, installed.bias), 0, columns),
+        judge.error(*regression._as_columns(geometry, prior[2], prior[3]), 0, columns),
+        judge.error(*plain, 0, columns),
+    )
+
+
+def _plain(geometry: Geometry, fit: list[tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, Tensor]:
+    """The weakest ridge towards zero, on all rows."""
+    system = Regression(geometry, fit, fit)._system
+    zero = [
+        torch.zeros(geometry.groups, math.prod(geometry.weight_shape[1:]), geometry.out_channels // geometry.groups)
+    ]
+    _, _, weight, bias = next(iter(system.solutions([0], zero, regression._columns(geometry, geometry))))
+    return weight, bias
+
+
+def _bias(module: Any) -> Tensor:
+    return torch.zeros(len(module.weight)) if module.bias is None else module.bias.detach()
+
+
+def table(record: dict[str, Any]) -> str:
+    """Both parts in Markdown."""
+    refit, score = record["refit"], record["score"]
+    lines = [
+        "| ResNet-18, 224x224 | images | seconds | peak memory |",
+        "|---|---|---|---|",
+        f"| refit of a plan, {refit['fits']} fits, {refit['least rows per unknown']:.1f} rows per unknown at least "
+        f"| {refit['images']} | {refit['seconds']:.0f} | {refit['GiB']:.1f} GiB |",
+        f"| scoring {score['candidates']} candidates | {score['images']} | {score['seconds']:.0f} | {score['GiB']:.1f} GiB |",
+        "",
+        "| network | rows per unknown | merges | worse than composed | installed | composed | plain ridge |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in record["few rows"].items():
+        for rows, each in found.items():
+            lines.append(
+                f"| {name} | {rows} | {each['merges']} | {each['worse']} | {each['installed']:.2f} | {each['composed']:.2f} "
+                f"| {each['plain ridge']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

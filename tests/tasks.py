@@ -247,7 +247,7 @@ def trained(name: str, seed: int, folder: Path) -> nn.Module:
     for epoch in range(task.epochs):
         for images, targets in batches(task, 1000 * seed + epoch):
             optimizer.zero_grad()
-            task.loss(model(images), targets).backward()
+            task.loss(model(images), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     folder.mkdir(parents=True, exist_ok=True)

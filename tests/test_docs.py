@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import fxmerge
+from fxmerge import effort
 from fxmerge.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,8 +64,9 @@ def run_shell(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """An empty current folder, a store of its own, and no trace left of modules that are imported from there."""
+    """An empty current folder, a store of its own, short minutes, and no trace left of modules that are imported from there."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(effort._SECONDS, "min", 2.0)
     monkeypatch.setenv("FXMERGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FXMERGE_PROGRESS", "off")
     monkeypatch.setattr(sys, "path", [*sys.path])

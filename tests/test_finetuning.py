@@ -59,7 +59,7 @@ def digits():
             optimizer.zero_grad()
             F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
-    options = {"runtime": "macs", "importance": "magnitude", "calibration": x[:300].split(50)}
+    options = {"runtime": "macs", "importance": "magnitude", "calibration": x[:300].split(50), "search": None}
     found = {fit: fxmerge.compress(model.eval(), x[:2], 0.35, fit=fit, **options) for fit in ("compose", "refit")}
     return SimpleNamespace(model=model, x=x, y=y, **found)
 

@@ -47,6 +47,7 @@ from .verified import Chosen, Tried, search_plans
 
 if TYPE_CHECKING:
     from .passes.profile_latency import LatencyTable
+    from .passes.refit import Reuse
 
 __all__ = ["Frontier", "compress", "fold", "frontier"]
 
@@ -106,6 +107,7 @@ class Frontier:
         self._inputs = distinct_inputs(setup.base, setup.example)
         self._rounding = own_error(setup.base, self._inputs, outputs_of(setup.base, self._inputs))
         self._fits: tuple[Refitted, ...] = ()
+        self._reuse: Reuse | None = None
         self._installed: tuple[tuple[Candidate, ...], tuple[fx.GraphModule, fx.GraphModule]] | None = None
         self._setup = setup
         self._table = table
@@ -329,7 +331,14 @@ class Frontier:
             return self._installed[1]
         setup = self._setup
         model, self._fits = apply_candidates(
-            setup.base, plan.candidates, calibration, setup.fit, setup.memory, setup.limits, kept=setup.refit_kept
+            setup.base,
+            plan.candidates,
+            calibration,
+            setup.fit,
+            setup.memory,
+            setup.limits,
+            kept=setup.refit_kept,
+            reuse=self._reuse,
         )
         pair = merge_graph(model), model
         if calibration is None:
@@ -369,7 +378,7 @@ class Frontier:
         with _stage(seconds, "install", "Installing the plan"):
             merged, model = self._install(plan, setup.calibration if plan.candidates else None)
             fits = self._fits
-            self._installed = None  # handed out: the user may change it
+            self._installed = self._reuse = None  # handed out: the user may change it
         if setup.polish is not None and plan.candidates:
             with _stage(seconds, "polish", "Polishing"):
                 notes = (*notes, self._polish(model))
@@ -450,6 +459,7 @@ class Frontier:
 
     def _verified(self, plan: Plan, limit: float, seconds: dict[str, float]) -> tuple[list[Tried], str]:
         """Plans of at most so much predicted latency, ranked by their networks' outputs; a note on what that changed."""
+        from .passes.refit import Reuse
         from .passes.select_segments import selection_problem
 
         setup = self._setup
@@ -463,14 +473,20 @@ class Frontier:
             index = bisect.bisect_right(latencies, limit * (1 + 1e-12)) - 1
             return self._plan(points.choices(index)).candidates
 
-        last = last_may_change(setup.base, setup.limits)
+        last, self._reuse = last_may_change(setup.base, setup.limits), Reuse()
         with _stage(seconds, "verify", "Comparing plans"), progress("Comparing plans near the best") as bar:
 
             def advance(least: float) -> None:
                 bar.advance(note=f"{least:.4g} from the original")
 
             distance = plan_distance(
-                setup.base, setup.calibration, setup.fit, setup.memory, last=last, compare=setup.distance
+                setup.base,
+                setup.calibration,
+                setup.fit,
+                setup.memory,
+                last=last,
+                compare=setup.distance,
+                reuse=self._reuse,
             )
             tried = search_plans(plan.candidates, self._losses, best_for, distance, setup.search, advance)
         first = next(each for each in tried if each.candidates == plan.candidates)

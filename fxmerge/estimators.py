@@ -41,7 +41,7 @@ from .linear import NORMS, conv_geometry, is_constant
 from .regions import JOINS
 
 if TYPE_CHECKING:
-    from .passes.refit import Known
+    from .passes.refit import Known, Reuse
 
 __all__ = [
     "Distance",
@@ -390,6 +390,7 @@ def plan_distance(
     *,
     last: bool = True,
     compare: Distance | None = None,
+    reuse: Reuse | None = None,
 ) -> Callable[[Sequence[Candidate]], float]:
     """A function that installs a plan, as it will be installed, and returns how far its outputs are from the original's.
 
@@ -402,16 +403,17 @@ def plan_distance(
         memory: bound on what is remembered and on what one fit holds, in bytes.
         last: whether the last linear layer is fitted.
         compare: how outputs are compared, see :func:`of_outputs`.
+        reuse: where fits are found and kept, to install one of the plans with later.
     """
     from .passes.refit import Reuse
     from .passes.relax import RelaxPass
 
-    known, reuse = remember(gm, calibration, memory, compare), Reuse()
+    known, fits = remember(gm, calibration, memory, compare), Reuse() if reuse is None else reuse
 
     def measure(candidates: Sequence[Candidate]) -> float:
         relaxed: fx.GraphModule = RelaxPass(tuple(candidates))(clone(gm)).graph_module.eval()
-        reuse.plan = tuple(candidates)
-        install(gm, relaxed, fit, known.fit, known.held_out, memory, last=last, reuse=reuse)
+        fits.plan = tuple(candidates)
+        install(gm, relaxed, fit, known.fit, known.held_out, memory, last=last, reuse=fits, norms=False)
         return known.distance(gm, relaxed)
 
     return measure

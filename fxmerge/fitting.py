@@ -71,6 +71,7 @@ def apply_candidates(
     limits: Limits | None = None,
     *,
     kept: bool = False,
+    reuse: Reuse | None = None,
 ) -> tuple[fx.GraphModule, tuple[Refitted, ...]]:
     """A relaxed copy with the weights that will be installed, and what was fitted.
 
@@ -83,6 +84,7 @@ def apply_candidates(
         limits: what may change: kept convolutions and the last linear layer are fitted only if they cover them; None for
             everything.
         kept: with ``refit``, fit kept convolutions as well.
+        reuse: with ``refit``, fits of other plans, without ``kept``.
     """
     from .passes.refit import known_inputs
     from .passes.relax import RelaxPass
@@ -92,7 +94,11 @@ def apply_candidates(
         return relaxed, ()
     images, held_out = known_inputs(gm, calibration.fit), known_inputs(gm, calibration.held_out)
     last, may = last_may_change(gm, limits), (limits or Limits()).covers if kept else None
-    return relaxed, install(gm, relaxed, fit, images, held_out, memory, last=last, kept=may)
+    if reuse is not None:
+        reuse.plan = tuple(candidates)
+    return relaxed, install(
+        gm, relaxed, fit, images, held_out, memory, last=last, kept=may, reuse=None if kept else reuse
+    )
 
 
 def last_may_change(gm: fx.GraphModule, limits: Limits | None) -> bool:
@@ -112,6 +118,7 @@ def install(
     last: bool = True,
     kept: Callable[[str], bool] | None = None,
     reuse: Reuse | None = None,
+    norms: bool = True,
 ) -> tuple[Refitted, ...]:
     """Give a relaxed network its weights, in place; what was fitted.
 
@@ -123,7 +130,7 @@ def install(
 
     fits: tuple[Refitted, ...] = ()
     if fit == "refit":
-        fits = refit(original, relaxed, images, held_out, memory, last=last, kept=kept, reuse=reuse)
+        fits = refit(original, relaxed, images, held_out, memory, last=last, kept=kept, reuse=reuse, norms=norms)
         if any(not each.reason for each in fits):
             return fits
     changed = changed_nodes(original, relaxed)

@@ -113,6 +113,7 @@ def refit(
     last: bool = True,
     kept: Callable[[str], bool] | None = None,
     reuse: Reuse | None = None,
+    norms: bool = True,
 ) -> tuple[Refitted, ...]:
     """Fit in place.
 
@@ -125,7 +126,8 @@ def refit(
         memory: bound on what one fit holds, in bytes.
         last: fit the last linear layer, too, if anything was fitted.
         kept: whether a kept convolution of that id, whose input has changed, is fitted, too; None for none.
-        reuse: fits of other plans of the same network and images. With it no batch norms are put behind convolutions.
+        reuse: fits of other plans of the same network and images.
+        norms: put a batch norm behind each fitted convolution, and check what folds: not for a network that is only looked at.
 
     Returns:
         What became of every merged convolution, in the order of the graph, and of the last linear layer.
@@ -134,8 +136,8 @@ def refit(
     if not segments:
         return ()
     old = set(gm.modules())
-    fold_segments(gm, check=reuse is None)
-    work = _Refit(original, gm, (fit, held_out), memory, reuse)
+    fold_segments(gm, check=norms)
+    work = _Refit(original, gm, (fit, held_out), memory, reuse or Reuse(), norms=norms)
     merged = [node for node in gm.graph.nodes if node.meta.get(META, {}).get("exit") in segments]
     nodes = merged if kept is None else _with_kept(original, gm, merged, kept)
     waiting = set(merged)
@@ -285,17 +287,28 @@ class _Pairs:
             yield self.shaped(x), [self.shaped(target) for target in targets]
 
 
+_Key: TypeAlias = tuple[frozenset[Candidate], Candidate, str]
+
+
 @dataclass(slots=True)
 class Reuse:
     """Fits of one plan that others can take over: where all that starts in front of what was fitted to is the same.
 
     Attributes:
         plan: all candidates of the plan that is fitted now.
-        fits: what starts in front, the candidate, and what it was fitted to.
+        memory: bound on the weights that are kept, in bytes; the oldest go first.
+        fits: by what starts in front, the candidate, and what it was fitted to.
     """
 
     plan: tuple[Candidate, ...] = ()
-    fits: dict[tuple[frozenset[Candidate], Candidate, str], Fit] = field(default_factory=dict)
+    memory: int = 2**29
+    fits: dict[_Key, Fit] = field(default_factory=dict)
+
+    def keep(self, key: _Key, fit: Fit) -> None:
+        """Remember a fit."""
+        self.fits[key] = fit
+        while sum(each.weight.nbytes for each in self.fits.values()) > self.memory:
+            del self.fits[next(iter(self.fits))]
 
 
 class _Refit:
@@ -307,10 +320,12 @@ class _Refit:
         gm: fx.GraphModule,
         parts: tuple[Sequence[Known], Sequence[Known]],
         memory: int,
-        reuse: Reuse | None = None,
+        reuse: Reuse,
+        *,
+        norms: bool,
     ) -> None:
-        self.reuse = Reuse() if reuse is None else reuse
-        self.norms = reuse is None
+        self.reuse = reuse
+        self.norms = norms
         self.order = {node_id(node): number for number, node in enumerate(original.graph.nodes)}
         self.original = original
         self.gm = gm
@@ -340,10 +355,11 @@ class _Refit:
         wanted = self.targets[candidate.exit if total is None else node_id(total)]
         before = frozenset(c for c in self.reuse.plan if self.order[c.entry] < self.order[node_id(wanted)])
         key = before, candidate, node_id(wanted)
-        if key not in self.reuse.fits:
+        fit = self.reuse.fits.get(key)
+        if fit is None:
             geometry, source = conv_geometry(module), node.all_input_nodes[0]
-            self.reuse.fits[key] = self._solve(geometry, source, wanted, module.weight, _bias(module), other)
-        fit = self.reuse.fits[key]
+            fit = self._solve(geometry, source, wanted, module.weight, _bias(module), other)
+            self.reuse.keep(key, fit)
         put(fit, module)
         if self.norms:
             self._normalise(node, module)

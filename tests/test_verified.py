@@ -229,6 +229,42 @@ def test_fits_are_taken_over_where_all_in_front_is_the_same(digits, found, monke
     assert len(fitted) == merges  # nothing behind it was left to fit
 
 
+def test_what_was_fitted_in_the_search_is_installed(digits, found, monkeypatch):
+    from fxmerge.passes import refit
+
+    fitted = []
+
+    class Counting(refit.Regression):
+        def fit(self, wanted):
+            fitted.append(wanted)
+            return super().fit(wanted)
+
+    monkeypatch.setattr(refit, "Regression", Counting)
+    plain = compress(found, 0.3, None)
+    alone = len(fitted)
+    fitted.clear()
+    one = compress(found, 0.3, 1)  # the plan itself, as if no more could be tried
+    assert one.plan.candidates == plain.plan.candidates
+    merges = sum(candidate.kind == "merge" for candidate in plain.plan.candidates)
+    assert (alone, len(fitted)) == (merges + 1, merges + 2)  # twice only the last linear layer
+    x = digits[2]
+    torch.testing.assert_close(one.merge()(x), plain.merge()(x), rtol=1e-3, atol=1e-3)
+
+
+def test_no_more_fits_are_kept_than_memory_is_given():
+    from fxmerge.passes.refit import Reuse
+    from fxmerge.regression import Fit
+
+    reuse = Reuse(memory=250)
+    for number in range(5):
+        reuse.keep(
+            (frozenset(), CANDIDATES["a"], str(number)), Fit(torch.zeros(12).double(), torch.zeros(1), 0, 0, 1, None)
+        )
+    assert [key[2] for key in reuse.fits] == ["3", "4"]
+    reuse.keep((frozenset(), CANDIDATES["a"], "large"), Fit(torch.zeros(99).double(), torch.zeros(1), 0, 0, 1, None))
+    assert not reuse.fits
+
+
 def test_without_calibration_data_there_is_nothing_to_verify(digits):
     model, images, _ = digits
     result = fxmerge.compress(model, images[:2], 0.5, runtime="macs", search=50)

@@ -11,8 +11,8 @@ Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on
 - ``sum of losses``: ``refit`` without search.
 - ``compose``: weights multiplied out, batch norms re-estimated, as the paper does.
 - ``depth``, ``layer``: the paper's baselines, with refitted weights.
-- ``channels``: channel pruning by torch-pruning as its README shows it (group L2 norm, globally), batch norms re-estimated, its
-  ratio found by bisection of the measured latency.
+- ``channels``: channel pruning by torch-pruning as its README shows it (group L2 norm, one ratio for all layers), batch norms
+  re-estimated, its ratio found by bisection of the measured latency.
 
 Calibration has no labels. Fine-tuning is the same few steps with labels for all, of ``result.model`` or the pruned network.
 """
@@ -198,7 +198,6 @@ def pruned(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
         example,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=ratio,
-        global_pruning=True,
         ignored_layers=[last],
     )
     pruner.step()

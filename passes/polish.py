@@ -19,7 +19,7 @@ __all__ = ["PolishPass", "PolishResult", "polish"]
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,14 +161,14 @@ def _places(original: fx.GraphModule, gm: fx.GraphModule, changed: set[fx.Node])
     exits = {segment["exit"] for segment in graph_meta(gm).get("segments", ())}
     found = set()
     for node in gm.graph.nodes:
-        if node in changed and (node_id(node) in exits or node.meta.get(META, {}).get("exit") in exits):
+        if node in changed and (node_id(node) in exits or "exit" in node.meta.get(META, {})):  # a chain, or fitted
             place = node
             while (reader := _reader(gm, place)) is not None:
                 place = reader
-            if _has_twin(place, twins):
+            if _twin(place, twins) is not None:
                 found.add(place)
     output = next(iter(gm.graph.find_nodes(op="output")))
-    found.update(node for node in output.all_input_nodes if node in changed and _has_twin(node, twins))
+    found.update(node for node in output.all_input_nodes if node in changed and _twin(node, twins) is not None)
     return sorted(found, key=order.__getitem__)
 
 
@@ -180,9 +180,10 @@ def _reader(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return None if isinstance(module_of(gm, reader), (*CONVOLUTIONS, nn.Linear)) else reader
 
 
-def _has_twin(node: fx.Node, twins: dict[str, fx.Node]) -> bool:
-    twin = twins.get(node_id(node))
-    return twin is not None and is_tensor(node) and shape_of(twin) == shape_of(node)
+def _twin(node: fx.Node, twins: Mapping[str, fx.Node]) -> fx.Node | None:
+    """What the original has in this place: an operation of the same name, or the exit of the segment that became this one."""
+    twin = twins.get(node_id(node)) or twins.get(node.meta.get(META, {}).get("exit", ""))
+    return twin if twin is not None and is_tensor(node) and shape_of(twin) == shape_of(node) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +288,8 @@ def _rows(
         with torch.no_grad():
             enter = dict(zip(window.enter, evaluate_all(gm, window.enter, same), strict=True))
             values = {twins[name]: value for name, value in batch.items()}
-            wanted = evaluate_all(original, [twins[node_id(node)] for node in window.ends], values)
+            ends = [twin for node in window.ends if (twin := _twin(node, twins)) is not None]
+            wanted = evaluate_all(original, ends, values)
         memory -= sum(t.numel() * t.element_size() for t in (*enter.values(), *wanted) if isinstance(t, Tensor))
         if number and memory < 0:
             return

@@ -84,7 +84,7 @@ def chain():
 def test_what_is_in_front_of_the_first_change_and_statistics_stay_to_the_bit():
     gm, chosen = chain()
     data = calibration(gm)
-    found, _ = apply_candidates(gm, (chosen,), data, "refit")
+    found, _ = apply_candidates(gm, (chosen,), data, "compose")
     before = state(found)
     assert polish(gm, found, data, Effort(20, None)) is not None
     changed = differing(before, state(found))
@@ -95,7 +95,7 @@ def test_what_is_in_front_of_the_first_change_and_statistics_stay_to_the_bit():
 def test_limits_are_kept():
     gm, chosen = chain()
     data = calibration(gm)
-    found, _ = apply_candidates(gm, (chosen,), data, "refit")
+    found, _ = apply_candidates(gm, (chosen,), data, "compose")
     before = state(found)
     polish(gm, found, data, Effort(20, None), limits=Limits(exclude=("3", "4")))
     changed = differing(before, state(found))
@@ -106,7 +106,7 @@ def test_limits_are_kept():
 def test_modes_gradients_and_what_requires_them_are_as_before():
     gm, chosen = chain()
     data = calibration(gm)
-    found, _ = apply_candidates(gm, (chosen,), data, "refit")
+    found, _ = apply_candidates(gm, (chosen,), data, "compose")
     found.train()
     found.get_submodule("4").eval()
     for name, parameter in found.named_parameters():
@@ -155,6 +155,27 @@ def test_places_are_behind_segments_and_windows_overlap():
     assert window.enter == [nodes["1.1.2"]]
     names = {name for name, p in found.named_parameters() if any(p is each for each in window.trained)}
     assert {name.split(".")[0] for name in names} == {"2", "3", "4"}
+
+
+def test_segments_that_were_fitted_are_places_like_those_that_were_not():
+    """A fitted convolution has a batch norm behind it that the original does not have."""
+    blocks = [nn.Sequential(conv(4, 4), conv(4, 4, act=False)) for _ in range(3)]
+    gm = captured(lively(nn.Sequential(conv(3, 4), *blocks, head(4))), images(2, 3, 12, 12))
+    chosen = [
+        next(
+            c
+            for c in candidates(gm)
+            if c.removed == (f"{n}.0.2",) and c.kept == (f"{n}.0.0", f"{n}.1.0") and not c.bypassed
+        )
+        for n in range(1, 4)
+    ]
+    data = calibration(gm)
+    fitted, fits = apply_candidates(gm, chosen, data, "refit")
+    assert sum(each.fitted for each in fits) == 4
+    places = module._places(gm, fitted, changed_nodes(gm, fitted))
+    twins = [node_id(module._twin(place, by_id(gm))) for place in places]
+    assert twins == [*(f"{n}.1.1" for n in range(1, 4)), "4.2"]
+    assert [node_id(place) for place in places[:3]] == [f"{n}.0.0_norm" for n in range(1, 4)]
 
 
 def test_time_ends_it(monkeypatch):

@@ -76,7 +76,7 @@ def load_state(folder: Path, identity: Mapping[str, Sequence[str]]) -> Any:
                     f"{path}: its format is {header.get('format')!r}; this version of fxmerge reads {_FORMAT!r}"
                 )
             data = json.loads(header["data"])
-            state = _from_plain(data["state"], {name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
+            state = _from_plain(data["state"], {name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118 - safetensors' files do not iterate
             found = {name: list(data["identity"][name]) for name in identity}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, StoreError):

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from .calibration import Batch, eval_mode, second_example
 from .errors import InternalError
 from .graph import clone, graph_meta, structure
-from .inputs import map_tensors
+from .inputs import floats, map_tensors
 
 __all__ = [
     "EndToEnd",
@@ -152,7 +151,7 @@ def outputs_of(model: nn.Module, batch: Batch) -> list[Tensor]:
     """The floating-point outputs of a network in eval mode, its modes left as they were."""
     with eval_mode(model), torch.no_grad():
         outputs = model(*batch[0], **batch[1])
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return floats(outputs)
 
 
 def own_error(model: fx.GraphModule, batch: Batch, outputs: Sequence[Tensor]) -> float:

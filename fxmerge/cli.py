@@ -28,6 +28,7 @@ from .errors import FxmergeError, StoreError, UserError
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
+    from .driver import Frontier
     from .inputs import Example
     from .plan import Plan
     from .result import Result
@@ -415,7 +416,6 @@ def _compress(args: argparse.Namespace) -> None:
 
 def _frontier(args: argparse.Namespace) -> None:
     from .budget import parse_budget
-    from .driver import frontier
     from .plan import format_latency
     from .runtimes import get_runtime
 
@@ -432,10 +432,7 @@ def _frontier(args: argparse.Namespace) -> None:
     runtime = get_runtime(_runtime(args))
     for budget in args.budget:
         parse_budget(budget, runtime.unit)
-    source, example = _source(args)
-    options = {**_searching(args), **_measuring(args), "runtime": runtime}
-    with _workers(args) as executor:
-        found = frontier(_module(source), example, executor=executor, **options)
+    found = _made(args, runtime)
     plans = [found.at(budget) for budget in args.budget] or [found.plan(index) for index in range(len(found))]
     if args.save is not None:
         Path(args.save).write_text(
@@ -459,9 +456,18 @@ def _frontier(args: argparse.Namespace) -> None:
     _show(args, "\n".join(lines), {"unit": found.unit, "original": found.original, "plans": rows})
 
 
+def _made(args: argparse.Namespace, runtime: Runtime) -> Frontier:
+    """The frontier that the arguments describe."""
+    from .driver import frontier
+
+    source, example = _source(args)
+    options = {**_searching(args), **_measuring(args), "runtime": runtime}
+    with _workers(args) as executor:
+        return frontier(_module(source), example, executor=executor, **options)
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     """The frontier with a metric on it; a row is printed as soon as it is known."""
-    from .driver import frontier
     from .plotting import check_plot, plot
     from .quality import BUDGETS, Quality, check_evaluation, metric_name
     from .runtimes import get_runtime
@@ -473,8 +479,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     budgets = args.budget or BUDGETS
     known = {"metric": metric_name(metric), "runtime": {**runtime.environment(), "name": runtime.name}}
     check_evaluation(budgets, runtime.unit, args.output, args.save_results, known)
-    source, example = _source(args)
-    found = frontier(_module(source), example, runtime=runtime, **_searching(args), **_measuring(args))
+    found = _made(args, runtime)
     started = False
 
     def show(quality: Quality) -> None:

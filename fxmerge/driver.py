@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 import math
 import os
@@ -379,9 +380,9 @@ class Frontier:
             merged, model = self._install(plan, setup.calibration if plan.candidates else None)
             fits = self._fits
             self._installed = self._reuse = None  # handed out: the user may change it
-        if setup.polish is not None and plan.candidates:
+        if setup.polish is not None and setup.calibration is not None and plan.candidates:
             with _stage(seconds, "polish", "Polishing"):
-                notes = (*notes, self._polish(model))
+                notes = (*notes, self._polish(model, setup.calibration, setup.polish))
                 merged = merge_graph(model)
         with _stage(seconds, "check", "Checking the merged network"):
             checked = check_equal(model, merged, self._inputs, self._rounding)
@@ -426,14 +427,12 @@ class Frontier:
         )
         return Result(model, plan, report, setup.example)
 
-    def _polish(self, model: fx.GraphModule) -> str:
+    def _polish(self, model: fx.GraphModule, calibration: Calibration, effort: Effort) -> str:
         """Train the trainable network towards the original's values; a note on what that did."""
         from .passes.polish import polish
 
         setup = self._setup
-        assert setup.polish is not None  # noqa: S101 - the caller saw to it
-        assert setup.calibration is not None  # noqa: S101 - frontier() saw to it
-        found = polish(setup.base, model, setup.calibration, setup.polish, setup.memory, setup.limits, setup.distance)
+        found = polish(setup.base, model, calibration, effort, setup.memory, setup.limits, setup.distance)
         if found is None:
             return "polish: nothing was trained (nothing that may be, or a value is written in place)"
         return f"polish: on held-out images the outputs differ by {found[1]:.4g} from the original's, {found[0]:.4g} before"
@@ -497,6 +496,12 @@ class Frontier:
             f"{tried[0].distance:.4g} from the original's, those of the plan with the least sum of losses by {first.distance:.4g}"
         )
 
+    def _before(self, plan: Plan, tried: Sequence[Tried]) -> Iterator[tuple[Plan, tuple[Timing, Timing]]]:
+        """The plans that rank before this one, each installed and timed in turns with the original."""
+        for each in itertools.takewhile(lambda each: each.candidates != plan.candidates, tried):
+            other = self._priced(each.candidates)
+            yield other, self._measure(self._install(other, None)[0])
+
     def _largest_counted(self, amount: float) -> Result:
         """The best plan whose network counts no more than ``amount``: what carries side inputs on is in no table."""
         counted = []
@@ -510,11 +515,7 @@ class Frontier:
             raise self._unreachable(amount, min(counted))
         seconds: dict[str, float] = {}
         tried, note = self._verified(plan, amount - max(0.0, measured.latency - plan.predicted), seconds)
-        for each in tried:
-            other = self._priced(each.candidates)
-            if other.candidates == plan.candidates:
-                break
-            timing = self._measure(self._install(other, None)[0])
+        for other, timing in self._before(plan, tried):
             if timing[0].latency <= amount:
                 plan, (measured, original) = other, timing
                 break
@@ -551,16 +552,12 @@ class Frontier:
         ]
         room = max(1.0, budget.resolve(original.latency) / measured.latency)
         tried, note = self._verified(plan, room * plan.predicted, seconds)
-        for each in tried[:_FINALISTS]:
-            other = self._priced(each.candidates)
-            if other.candidates == plan.candidates:
-                break
-            with _stage(seconds, "closed loop", "Measuring compressed networks"):
-                timing = self._measure(self._install(other, None)[0])
-            shares.append((other.predicted / self.original, timing[0].latency / timing[1].latency))
-            if within_budget(*timing, budget.resolve(timing[1].latency)):
-                plan, (measured, original) = other, timing
-                break
+        with _stage(seconds, "closed loop", "Measuring compressed networks"):
+            for other, timing in self._before(plan, tried[:_FINALISTS]):
+                shares.append((other.predicted / self.original, timing[0].latency / timing[1].latency))
+                if within_budget(*timing, budget.resolve(timing[1].latency)):
+                    plan, (measured, original) = other, timing
+                    break
         return self._result(
             plan, measured, original, budget.resolve(original.latency), note, seconds=seconds, builds=tuple(shares)
         )
@@ -604,8 +601,8 @@ def compress(
             re-estimated where there is calibration data.
         method: "layermerge", or the paper's baselines "depth" (no convolution goes) and "layer" (nothing merges).
         levels: use the paper's Algorithm 1 with that many latency levels instead of the exact frontier.
-        options: those of :func:`frontier`: include, exclude, batch, max_span, max_kernel, exit_activation, max_points, memory,
-            search, store, measure_seconds, executor, importance_table.
+        options: those of :func:`frontier`: distance, include, exclude, batch, max_span, max_kernel, exit_activation, max_points,
+            memory, store, measure_seconds, executor, importance_table, search, refit_kept, polish.
 
     Returns:
         The trainable model with ``merge()``, ``plan``, ``report`` and ``save()``.

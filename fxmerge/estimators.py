@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from .algebra import Conv
 from .calibration import Calibration, eval_mode, parse_memory
 from .candidates import Candidate
+from .distances import output_distance, relative_error
 from .errors import UserError
-from .evaluate import evaluate, recorder
+from .evaluate import Known, evaluate, recorder, taken_over
 from .fitting import install
 from .graph import (
     CONVOLUTIONS,
@@ -37,11 +36,12 @@ from .graph import (
     shape_of,
     written_in_place,
 )
+from .inputs import floats
 from .linear import NORMS, conv_geometry, is_constant
 from .regions import JOINS
 
 if TYPE_CHECKING:
-    from .passes.refit import Known, Reuse
+    from .passes.refit import Reuse
 
 __all__ = [
     "Distance",
@@ -301,11 +301,10 @@ class Local(_Calibrated):
             there, same = nodes[node_id(here)], [node for node in found.graph.nodes if node not in new]
             losses = []
             for values in known.held_out:
-                unchanged = {node: values[node_id(node)] for node in same if node_id(node) in values}
                 with torch.no_grad():
-                    value = evaluate(found, here, unchanged)
+                    value = evaluate(found, here, taken_over(same, values))
                     wanted = evaluate(gm, there, {nodes[name]: each for name, each in values.items()})
-                losses.append(_squared_error(value.double(), wanted.double()))
+                losses.append(float(relative_error(value.double(), wanted.double())))
             return float(np.mean(losses))
 
         return score
@@ -340,13 +339,13 @@ class Remembered:
     def distance(self, gm: fx.GraphModule, changed: fx.GraphModule) -> float:
         """How far a changed network's outputs are from the original's, on held-out batches; only what has changed is computed."""
         new = changed_nodes(gm, changed)
-        same = [node for node in changed.graph.nodes if node not in new and node_id(node) in self.held_out[0]]
+        same = [node for node in changed.graph.nodes if node not in new]
         output = next(iter(changed.graph.find_nodes(op="output")))
         distances = []
         for values, outputs in zip(self.held_out, self.outputs, strict=True):
-            known = {node: values[node_id(node)] for node in same}
             with torch.no_grad():
-                distances.append(of_outputs(self.compare, _floats(evaluate(changed, output, known)), outputs))
+                found = floats(evaluate(changed, output, taken_over(same, values)))
+                distances.append(of_outputs(self.compare, found, outputs))
         return float(np.mean(distances))
 
 
@@ -446,10 +445,6 @@ def _by_id(values: dict[fx.Node, Any]) -> dict[str, Any]:
     return {node_id(node): value for node, value in values.items()}
 
 
-def _floats(outputs: object) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 def distance(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """How far outputs are from the reference's, averaged over them.
 
@@ -466,16 +461,7 @@ def distance(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 
 
 def _one_distance(output: Tensor, reference: Tensor) -> float:
-    if reference.ndim == 2 and reference.shape[1] > 1:
-        found, expected = output.log_softmax(1), reference.log_softmax(1)
-        return max(0.0, float(F.kl_div(found, expected, log_target=True, reduction="batchmean")))
-    return _squared_error(output, reference)
-
-
-def _squared_error(output: Tensor, reference: Tensor) -> float:
-    centred = reference - reference.mean(dim=0) if reference.ndim and reference.shape[0] > 1 else reference
-    spread = centred.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((output - reference).square().sum() / spread)
+    return max(float(output_distance(output, reference)), 0.0)  # rounding may leave a divergence below it
 
 
 def get_estimator(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen
-from torch.utils import _pytree as pytree
 
 from .calibration import Batch
-from .graph import attribute, module_of
+from .graph import attribute, module_of, node_id
+from .inputs import floats
 
-__all__ = ["evaluate", "evaluate_all", "recorder", "recording"]
+__all__ = ["Known", "evaluate", "evaluate_all", "recorder", "recording", "taken_over"]
+
+Known: TypeAlias = Mapping[str, Any]
+"""Values of one batch of images in the original network, by node id."""
 
 
 def evaluate(
@@ -81,6 +84,11 @@ def _needed(wanted: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> set[fx.N
     return needed
 
 
+def taken_over(same: Iterable[fx.Node], values: Known) -> dict[fx.Node, Any]:
+    """The values that are known of nodes of another network that compute the same as the original's."""
+    return {node: values[node_id(node)] for node in same if node_id(node) in values}
+
+
 def recording(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
     """A network on the very modules of ``gm`` that returns ``(outputs, values)``, the latter those of some nodes.
 
@@ -111,7 +119,6 @@ def recorder(
     def run(batch: Batch) -> tuple[list[Tensor], dict[fx.Node, Any]]:
         with torch.no_grad():
             found, values = network(*batch[0], **batch[1])
-        leaves = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return leaves, dict(zip(nodes, values, strict=True))
+        return floats(found), dict(zip(nodes, values, strict=True))
 
     return run

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from numbers import Integral, Real
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
@@ -28,10 +27,11 @@ from torch.utils.data import DataLoader
 
 from .calibration import Batch, eval_mode, refuse_no_batches, take_inputs
 from .capture import capture
+from .distances import output_distance, relative_error
 from .errors import UserError
 from .evaluate import recording
 from .graph import META, by_id, device_of, graph_meta, is_tensor, shape_of, structure
-from .inputs import map_tensors, tensors
+from .inputs import floats, map_tensors, tensors
 from .progress import Bar, progress
 from .result import Result
 
@@ -353,10 +353,10 @@ class _Objective:
         if self.teach is not None:
             outputs, targets = self.teach(batch)
             if self.distill:
-                parts["distillation"] = _distillation(_floats(found), outputs, self.temperature)
+                parts["distillation"] = _distillation(floats(found), outputs, self.temperature)
             if self.features:
                 pairs = zip(values, targets, strict=True)
-                parts["features"] = torch.stack([_relative_error(_wide(a), _wide(b)) for a, b in pairs]).mean()
+                parts["features"] = torch.stack([relative_error(_wide(a), _wide(b)) for a, b in pairs]).mean()
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         if not total.requires_grad:
             raise UserError(
@@ -377,29 +377,11 @@ def _distillation(found: Sequence[Tensor], reference: Sequence[Tensor], temperat
     if shapes[0] != shapes[1] or not found:
         raise UserError(f"the network gives outputs of shape {shapes[0]}, the teacher {shapes[1]}; they must agree")
     pairs = zip(found, reference, strict=True)
-    return torch.stack([_output_distance(_wide(a), _wide(b), temperature) for a, b in pairs]).mean()
-
-
-def _output_distance(found: Tensor, reference: Tensor, temperature: float) -> Tensor:
-    """What :func:`fxmerge.estimators.distance` measures, with a temperature and with gradients."""
-    if reference.ndim == 2 and reference.shape[1] > 1:
-        logs = (found / temperature).log_softmax(1), (reference / temperature).log_softmax(1)
-        return F.kl_div(*logs, log_target=True, reduction="batchmean") * temperature**2
-    return _relative_error(found, reference)
-
-
-def _relative_error(found: Tensor, reference: Tensor) -> Tensor:
-    centred = reference - reference.mean(dim=0) if reference.ndim and reference.shape[0] > 1 else reference
-    spread = centred.square().sum().clamp_min(torch.finfo(reference.dtype).tiny)
-    return (found - reference).square().sum() / spread
+    return torch.stack([output_distance(_wide(a), _wide(b), temperature) for a, b in pairs]).mean()
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _floats(outputs: object) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _exits(result: Result) -> dict[str, fx.Node]:
@@ -440,7 +422,7 @@ def _teaching(
         with torch.no_grad():
             found = network(*batch[0], **batch[1])
         outputs, values = found if exits else (found, [])
-        return _floats(outputs), values
+        return floats(outputs), values
 
     with eval_mode(network):
         yield teach
@@ -487,7 +469,7 @@ class _Alone:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
 
     def clip_grad_norm_(self, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
         nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -719,8 +701,8 @@ class _Training:
 
 def _length(batches: Iterable[Any]) -> int | None:
     try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader of an iterable data set has a length in name only
         return None
 
 

@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 from .calibration import Calibration, reestimate_batch_norms
 from .candidates import Candidate, Limits
 from .errors import UserError
-from .evaluate import evaluate
+from .evaluate import Known, evaluate, taken_over
 from .graph import changed_nodes, clone, node_id
 
 if TYPE_CHECKING:
-    from .passes.refit import Known, Reuse
+    from .passes.refit import Reuse
 
 __all__ = ["FITS", "Refitted", "apply_candidates", "install", "last_may_change", "resolve_fit"]
 
@@ -138,9 +138,8 @@ def install(
     known = [node for node in relaxed.graph.nodes if node not in changed]
 
     def forward(values: Known) -> Any:
-        unchanged = {node: values[node_id(node)] for node in known if node_id(node) in values}
         with torch.no_grad():
-            return pytree.tree_leaves(evaluate(relaxed, output, unchanged))
+            return pytree.tree_leaves(evaluate(relaxed, output, taken_over(known, values)))
 
     reestimate_batch_norms(relaxed, changed, images, forward)
     return fits

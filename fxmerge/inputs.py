@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import UserError
 
-__all__ = ["Example", "batch_size", "map_tensors", "split_example", "tensors", "with_batch"]
+__all__ = ["Example", "batch_size", "floats", "map_tensors", "split_example", "tensors", "with_batch"]
 
 Example: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 """What ``example_input`` may be: one tensor, a tuple (positional inputs) or a dict (keyword inputs)."""
@@ -52,6 +52,11 @@ def split_example(example_input: Example) -> tuple[tuple[Any, ...], dict[str, An
 def tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """All tensors of an example: those of ``args``, then those of ``kwargs``."""
     return [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+
+
+def floats(outputs: object) -> list[Tensor]:
+    """All floating-point tensors inside of what a network returned."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def map_tensors(

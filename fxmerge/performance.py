@@ -21,17 +21,17 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .calibration import Calibration
 from .candidates import Candidate
+from .distances import output_distance
 from .errors import UserError
 from .estimators import Estimator
 from .fitting import apply_candidates
 from .graph import clone, device_of
-from .inputs import split_example
+from .inputs import floats, split_example
 
 __all__ = ["Finetune", "Score", "as_estimator", "installing"]
 
@@ -158,7 +158,11 @@ class Finetune(_Performance):
     def __repr__(self) -> str:
         return f"Finetune({len(self.batches)} batches, {self.steps} steps, lr={self.lr})"
 
-    def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:  # noqa: ARG002
+    def prepare(
+        self,
+        gm: fx.GraphModule,
+        candidates: Sequence[Candidate] = (),  # noqa: ARG002 - of the interface
+    ) -> Callable[[Candidate], float]:
         """Draw the two subsets and score the original."""
         device = device_of(gm)
         if not any(parameter.requires_grad for parameter in gm.parameters()):
@@ -193,7 +197,7 @@ class Finetune(_Performance):
             with torch.enable_grad():
                 for batch in itertools.islice(itertools.cycle(trained), self.steps):
                     optimizer.zero_grad()
-                    loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(loss(model, batch))
                     optimizer.step()
 
         return self._losses(gm, performance, train)
@@ -227,7 +231,11 @@ class Score(_Performance):
         self.name = name
         self.seed = seed
 
-    def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:  # noqa: ARG002
+    def prepare(
+        self,
+        gm: fx.GraphModule,
+        candidates: Sequence[Candidate] = (),  # noqa: ARG002 - of the interface
+    ) -> Callable[[Candidate], float]:
         """Score the original."""
         return self._losses(gm, self.function, _as_it_is)
 
@@ -260,16 +268,8 @@ def installing(estimator: Estimator, calibration: Calibration | None, fit: str, 
 
 def _distance(outputs: Any, reference: Any) -> Tensor:
     """How far outputs are from the reference's, averaged over them; gradients flow."""
-    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(reference), strict=True)
-    found = [_one_distance(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
-    return torch.stack(found).mean()
-
-
-def _one_distance(output: Tensor, reference: Tensor) -> Tensor:
-    if reference.ndim == 2 and reference.shape[1] > 1:
-        return F.kl_div(output.log_softmax(1), reference.log_softmax(1), log_target=True, reduction="batchmean")
-    spread = (reference - reference.mean(dim=0)).square().mean().clamp_min(torch.finfo(reference.dtype).tiny)
-    return (output - reference).square().mean() / spread
+    pairs = zip(floats(outputs), floats(reference), strict=True)
+    return torch.stack([output_distance(a, b) for a, b in pairs]).mean()
 
 
 @contextmanager

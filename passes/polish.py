@@ -24,16 +24,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxmerge.calibration import Calibration, eval_mode, parse_memory
 from fxmerge.candidates import Limits
+from fxmerge.distances import output_distance, relative_error
 from fxmerge.effort import Effort, parse_effort
 from fxmerge.errors import UserError
 from fxmerge.estimators import Distance, Remembered, remember
-from fxmerge.evaluate import evaluate_all
+from fxmerge.evaluate import Known, evaluate_all, taken_over
 from fxmerge.graph import (
     CONVOLUTIONS,
     META,
@@ -193,11 +193,13 @@ class _Window:
     Attributes:
         enter: values that it reads.
         ends: values that are compared.
+        same: what has the original's values, in the whole network.
         trained: parameters.
     """
 
     enter: list[fx.Node]
     ends: list[fx.Node]
+    same: list[fx.Node]
     trained: list[nn.Parameter]
 
     @staticmethod
@@ -222,16 +224,16 @@ class _Window:
         ]
         trained = dict.fromkeys(p for module in modules if module is not None for p in module.parameters())
         enter = dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in inside)
-        return _Window(sorted(enter, key=order.__getitem__), ends, [p for p in trained if p.is_floating_point()])
+        same = [node for node in gm.graph.nodes if node not in changed]
+        return _Window(sorted(enter, key=order.__getitem__), ends, same, [p for p in trained if p.is_floating_point()])
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """One batch: what enters a window, and what should come out, each with its variance."""
+    """One batch: what enters a window, and what should come out."""
 
     enter: dict[fx.Node, Any]
     wanted: list[Tensor]
-    spread: list[Tensor]
 
 
 def _train(
@@ -267,7 +269,7 @@ def _train(
         optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * done)) / 2
         optimizer.zero_grad()
         with torch.enable_grad():
-            _loss(gm, window, rows[step % len(rows)]).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(_loss(gm, window, rows[step % len(rows)]))
         optimizer.step()
         step += 1
     optimizer.zero_grad()
@@ -279,40 +281,30 @@ def _train(
 
 
 def _rows(
-    original: fx.GraphModule, gm: fx.GraphModule, window: _Window, batches: Sequence[Any], memory: int
+    original: fx.GraphModule, gm: fx.GraphModule, window: _Window, batches: Sequence[Known], memory: int
 ) -> Iterator[_Rows]:
     """Every batch that fits into memory, the first in any case."""
-    twins, changed = by_id(original), changed_nodes(original, gm)
+    twins = by_id(original)
     for number, batch in enumerate(batches):
-        same = {node: batch[node_id(node)] for node in gm.graph.nodes if node not in changed and node_id(node) in batch}
         with torch.no_grad():
-            enter = dict(zip(window.enter, evaluate_all(gm, window.enter, same), strict=True))
+            enter = dict(zip(window.enter, evaluate_all(gm, window.enter, taken_over(window.same, batch)), strict=True))
             values = {twins[name]: value for name, value in batch.items()}
             ends = [twin for node in window.ends if (twin := _twin(node, twins)) is not None]
             wanted = evaluate_all(original, ends, values)
         memory -= sum(t.numel() * t.element_size() for t in (*enter.values(), *wanted) if isinstance(t, Tensor))
         if number and memory < 0:
             return
-        yield _Rows(enter, wanted, [_variance(each) for each in wanted])
-
-
-def _variance(value: Tensor) -> Tensor:
-    centred = value - value.mean(dim=0) if value.ndim and len(value) > 1 else value
-    return centred.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        yield _Rows(enter, wanted)
 
 
 def _loss(gm: fx.GraphModule, window: _Window, rows: _Rows) -> Tensor:
     found = evaluate_all(gm, window.ends, rows.enter)
-    return torch.stack(
-        [_one_loss(*each) for each in zip(window.ends, found, rows.wanted, rows.spread, strict=True)]
-    ).mean()
+    return torch.stack([_one_loss(*each) for each in zip(window.ends, found, rows.wanted, strict=True)]).mean()
 
 
-def _one_loss(node: fx.Node, found: Tensor, wanted: Tensor, spread: Tensor) -> Tensor:
-    if found.ndim == 2 and found.shape[1] > 1 and any(reader.op == "output" for reader in node.users):
-        logits, expected = found.float().log_softmax(1), wanted.float().log_softmax(1)
-        return F.kl_div(logits, expected, log_target=True, reduction="batchmean")
-    return (found - wanted).float().square().mean() / spread
+def _one_loss(node: fx.Node, found: Tensor, wanted: Tensor) -> Tensor:
+    compare = output_distance if any(reader.op == "output" for reader in node.users) else relative_error
+    return compare(found.float(), wanted.float())
 
 
 def _error(gm: fx.GraphModule, window: _Window, rows: Sequence[_Rows]) -> float:

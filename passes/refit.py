@@ -21,7 +21,7 @@ merged segments is left as it is.
 
 from __future__ import annotations
 
-__all__ = ["Known", "RefitPass", "RefitResult", "Reuse", "known_inputs", "put", "refit", "refit_alone", "why_not"]
+__all__ = ["RefitPass", "RefitResult", "Reuse", "known_inputs", "put", "refit", "refit_alone", "why_not"]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxmerge.algebra import Conv, Geometry
 from fxmerge.calibration import Batch, Calibration, eval_mode, parse_memory
 from fxmerge.candidates import Candidate
-from fxmerge.evaluate import evaluate, recorder
+from fxmerge.evaluate import Known, evaluate, recorder, taken_over
 from fxmerge.fitting import Refitted
 from fxmerge.graph import (
     CONVOLUTIONS,
@@ -58,9 +58,6 @@ from fxmerge.passes.fold import fold_segments
 from fxmerge.passes.relax import RelaxPass
 from fxmerge.regression import ENOUGH_IMAGES, Fit, Regression, window_of
 from fxmerge.surgery import insert_behind
-
-Known: TypeAlias = Mapping[str, Any]
-"""Values of one batch of images in the original network, by node id."""
 
 _RECENT = 2
 _aten = torch.ops.aten
@@ -337,8 +334,7 @@ class _Refit:
 
         def values(batch: Known) -> tuple[_Values, _Values]:
             # What gives the same as in the original is known in the compressed network, too.
-            known = {node: batch[node_id(node)] for node in same if node_id(node) in batch}
-            return _Values(gm, known, room), _Values(
+            return _Values(gm, taken_over(same, batch), room), _Values(
                 original, {self.targets[name]: v for name, v in batch.items()}, room
             )
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from scoring import Counting, candidates, cross_entropy, digits, enumeration, graph
 
 from fxmerge.clusters import RayExecutor
@@ -47,14 +46,6 @@ def cluster():
 
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("cluster", "one_thread")

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from untouched import Untouched
 
 import fxmerge
 from fxmerge.errors import (
@@ -66,25 +67,6 @@ def make_net(seed=0, channels=8):
 
 def images(count=2, seed=0):
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
-class Untouched:
-    """A runtime that must not be asked for anything: what is refused is refused before measuring."""
-
-    name = "untouched"
-    deterministic = False
-
-    def __init__(self, unit="ms"):
-        self.unit = unit
-
-    def environment(self):
-        return {}
-
-    def measure(self, *_):
-        pytest.fail("layers were measured")
-
-    def build(self, *_):
-        pytest.fail("a network was built")
 
 
 class Clock:

@@ -45,22 +45,11 @@ def network(classes=10):
 
 
 @pytest.fixture(scope="module")
-def digits():
+def digits(pixels, train_on_digits):
     """A small ResNet, trained for seconds on scikit-learn's digits of 8x8 pixels, and compressed; not to be changed."""
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(y)
-    torch.manual_seed(0)
-    model = network()
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(8):
-        for rows in torch.randperm(1200).split(50):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
+    (x, y), model = pixels, train_on_digits(network, epochs=8, size=50)
     options = {"runtime": "macs", "importance": "magnitude", "calibration": x[:300].split(50), "search": None}
-    found = {fit: fxmerge.compress(model.eval(), x[:2], 0.35, fit=fit, **options) for fit in ("compose", "refit")}
+    found = {fit: fxmerge.compress(model, x[:2], 0.35, fit=fit, **options) for fit in ("compose", "refit")}
     return SimpleNamespace(model=model, x=x, y=y, **found)
 
 

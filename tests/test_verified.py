@@ -8,8 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import fxmerge
 from fxmerge import verified
@@ -116,27 +114,10 @@ def test_progress_hears_of_the_least_so_far():
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def block(i, o):
-    return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-
-
 @pytest.fixture(scope="module")
-def digits():
+def digits(pixels, digits_chain):
     """A plain network, trained for seconds on scikit-learn's digits; images to calibrate on, and fresh ones."""
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(y)
-    torch.manual_seed(0)
-    layers = [block(1, 8), *(block(8, 8) for _ in range(5)), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)]
-    model = nn.Sequential(*layers)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(4):
-        for rows in torch.randperm(1200).split(100):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return model.eval(), x[:200], x[1200:]
+    return digits_chain, pixels[0][:200], pixels[0][1200:]
 
 
 @pytest.fixture(scope="module")
@@ -201,20 +182,26 @@ def test_a_plan_is_as_far_as_the_network_that_it_gives(digits, found, fit):
     assert all(torch.equal(tensor, before[name]) for name, tensor in gm.state_dict().items())
 
 
-def test_fits_are_taken_over_where_all_in_front_is_the_same(digits, found, monkeypatch):
+@pytest.fixture
+def fitted(monkeypatch):
+    """What has been fitted so far."""
     from fxmerge.passes import refit
 
-    model, images, _ = digits
-    gm = clone(fxmerge.capture(model, images[:2])).eval()
-    data = read_calibration(images.split(40), None, gm, ((images[:2],), {}))
-    fitted = []
+    asked = []
 
     class Counting(refit.Regression):
         def fit(self, wanted):
-            fitted.append(wanted)
+            asked.append(wanted)
             return super().fit(wanted)
 
     monkeypatch.setattr(refit, "Regression", Counting)
+    return asked
+
+
+def test_fits_are_taken_over_where_all_in_front_is_the_same(digits, found, fitted):
+    model, images, _ = digits
+    gm = clone(fxmerge.capture(model, images[:2])).eval()
+    data = read_calibration(images.split(40), None, gm, ((images[:2],), {}))
     measure = plan_distance(gm, data, "refit", 2**31, last=False)
     plan = max(
         (found.plan(index).candidates for index in range(len(found))), key=lambda p: sum(c.kind == "merge" for c in p)
@@ -229,17 +216,7 @@ def test_fits_are_taken_over_where_all_in_front_is_the_same(digits, found, monke
     assert len(fitted) == merges  # nothing behind it was left to fit
 
 
-def test_what_was_fitted_in_the_search_is_installed(digits, found, monkeypatch):
-    from fxmerge.passes import refit
-
-    fitted = []
-
-    class Counting(refit.Regression):
-        def fit(self, wanted):
-            fitted.append(wanted)
-            return super().fit(wanted)
-
-    monkeypatch.setattr(refit, "Regression", Counting)
+def test_what_was_fitted_in_the_search_is_installed(digits, found, fitted):
     plain = compress(found, 0.3, None)
     alone = len(fitted)
     fitted.clear()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from scoring import Counting, candidates, cross_entropy, digits, enumeration, graph
 from torch import nn
+from untouched import Untouched
 
 import fxmerge
 from fxmerge import workers
@@ -30,15 +31,6 @@ def pool():
     """Two processes that begin as on every system."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         yield pool
-
-
-@pytest.fixture
-def one_thread():
-    """As many torch threads here as workers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Inline(Executor):
@@ -299,21 +291,6 @@ def graph_modules():
         nn.Flatten(),
         nn.Linear(1024, 10),
     ]
-
-
-class Untouched:
-    """A runtime that must not be asked for anything."""
-
-    name, unit, deterministic = "untouched", "ms", False
-
-    def environment(self):
-        return {}
-
-    def measure(self, *_):
-        pytest.fail("layers were measured")
-
-    def build(self, *_):
-        pytest.fail("a network was built")
 
 
 def test_what_cannot_work_is_refused_before_anything_is_measured(tmp_path, pool):

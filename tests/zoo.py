@@ -43,6 +43,7 @@ __all__ = [
     "he_weights",
     "image_shape",
     "seed_images",
+    "settle",
 ]
 
 STRIDE = 32
@@ -120,11 +121,12 @@ def calibrate(model: nn.Module, shape: tuple[int, ...], passes: int = 12, seed: 
     They become the average over ``passes`` train-mode passes, each over fresh images of ``shape``
     [N, C, H, W]. Returns the model in eval mode; momenta and global random state stay as they were.
     """
-    _settle(model, (seed_images(shape, seed + index) for index in range(passes)), seed)
+    settle(model, (seed_images(shape, seed + index) for index in range(passes)), seed)
     return model
 
 
-def _settle(model: nn.Module, examples: Iterable[Any], seed: int) -> None:
+@torch.no_grad()
+def settle(model: nn.Module, examples: Iterable[Any], seed: int = 0) -> None:
     """Train-mode passes over the examples, their batch statistics averaged; then eval mode."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -183,7 +185,7 @@ class Entry:
             if self.he:
                 he_weights(model)
         with torch.no_grad():
-            _settle(model, (self.example(4, seed + index) for index in range(4)), seed)
+            settle(model, (self.example(4, seed + index) for index in range(4)), seed)
         return model
 
     def example(self, batch: int = 2, seed: int = 1) -> Any:

@@ -202,22 +202,10 @@ def test_efforts_that_are_none_are_refused(effort):
 
 
 @pytest.fixture(scope="module")
-def digits():
+def digits(pixels, digits_chain):
     """A plain network, trained for seconds on scikit-learn's digits; images to calibrate on, and fresh ones with labels."""
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(y)
-    torch.manual_seed(0)
-    layers = [conv(1, 8), *(conv(8, 8) for _ in range(5)), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10)]
-    model = nn.Sequential(*layers)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(4):
-        for rows in torch.randperm(1200).split(100):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return model.eval(), x[:1000], x[1200:], y[1200:]
+    x, y = pixels
+    return digits_chain, x[:1000], x[1200:], y[1200:]
 
 
 def test_compress_polishes_on_request_and_says_what_it_did(digits):

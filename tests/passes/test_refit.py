@@ -528,22 +528,16 @@ def test_a_bfloat16_network_is_fitted_as_well_as_its_numbers_allow():
 
 
 @pytest.fixture(scope="module")
-def digits():
+def digits(pixels, train_on_digits):
     """A small ResNet, trained for seconds on scikit-learn's digits of 8x8 pixels."""
-    from sklearn.datasets import load_digits
 
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(y)
-    torch.manual_seed(0)
-    model = nn.Sequential(conv(1, 8), residual(8, 8), residual(8, 16, s=2), residual(16, 16), head(16))
-    model[-1][-1] = nn.Linear(16, 10)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(4):
-        for rows in torch.randperm(1200).split(100):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    gm = captured(model.eval(), x[:2])
+    def make():
+        model = nn.Sequential(conv(1, 8), residual(8, 8), residual(8, 16, s=2), residual(16, 16), head(16))
+        model[-1][-1] = nn.Linear(16, 10)
+        return model
+
+    (x, y), model = pixels, train_on_digits(make)
+    gm = captured(model, x[:2])
     data = read_calibration([x[:300]], None, gm, ((x[:2],), {}))
     with torch.no_grad():
         correct = float((model(x[1200:]).argmax(1) == y[1200:]).double().mean())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import operator
 import random
@@ -32,7 +33,7 @@ from fxmerge.calibration import read_calibration
 from fxmerge.candidates import Candidate
 from fxmerge.estimators import Distortion, Estimator, Local, Magnitude
 from fxmerge.fitting import apply_candidates
-from fxmerge.graph import clone
+from fxmerge.graph import by_id, clone
 from fxmerge.passes.enumerate_segments import enumerate_segments
 from fxmerge.passes.profile_latency import profile_latency
 from fxmerge.performance import Finetune
@@ -40,12 +41,10 @@ from fxmerge.runtimes import get_runtime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from tasks import TASKS, Task, batches, trained
+from tasks import STEPS, TASKS, Task, batches, finetune, trained
 
 RESULTS = Path(__file__).with_name("results") / "estimators.json"
 IMAGES = 256
-STEPS = 60
-RATE = 1e-3
 
 
 def main() -> None:
@@ -73,7 +72,7 @@ def measure(name: str, count: int, work: Path) -> dict[str, Any]:
     images = task.train()[0][:IMAGES]
     example = task.test()[0][:2]
     gm = clone(fxmerge.capture(model, example)).eval()
-    data = read_calibration(images.split(32), None, gm, ((example,), {}))  # type: ignore[no-untyped-call]
+    data = read_calibration(torch.split(images, 32), None, gm, ((example,), {}))
     chosen = draw(gm, example, count)
     path = work / f"{name}-truth-{count}.json"
     truth: list[float] = json.loads(path.read_text()) if path.exists() else []
@@ -82,7 +81,7 @@ def measure(name: str, count: int, work: Path) -> dict[str, Any]:
         installed, _ = apply_candidates(gm, (candidate,), data, "refit")
         truth.append(finetuned_loss(installed, task) - reference)
         path.write_text(json.dumps(truth))
-    subset = [(x, y) for (x, y), _ in zip(batches(task, 4242), range(2 * STEPS // 3), strict=False)]
+    subset = itertools.islice(batches(task, 4242), 2 * STEPS // 3)
     estimators: dict[str, Estimator] = {
         "distortion": Distortion(data, fit="refit"),
         "local": Local(data, fit="refit"),
@@ -112,24 +111,14 @@ def draw(gm: fx.GraphModule, example: Tensor, count: int) -> list[Candidate]:
     sites = [s.candidate for s in enumeration.sites if latency.of(s.candidate) < latency.replaced(s.candidate)]
     found = list(dict.fromkeys(sites))
     chosen = set(random.Random(0).sample(range(len(found)), min(count, len(found))))  # noqa: S311 - a seeded choice
-    order = {node.meta["fxmerge"]["id"]: number for number, node in enumerate(gm.graph.nodes)}
+    order = {name: number for number, name in enumerate(by_id(gm))}
     return sorted((found[number] for number in chosen), key=lambda candidate: (order[candidate.entry], str(candidate)))
 
 
 def finetuned_loss(network: nn.Module, task: Task) -> float:
     """The loss on test images after a short fine-tuning."""
-    optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    network.train()
-    for (images, targets), _ in zip(batches(task, 7777), range(STEPS), strict=False):
-        optimizer.zero_grad()
-        task.loss(network(images), targets).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    images, targets = task.test()
-    with torch.no_grad():
-        outputs = torch.cat([network.eval()(part) for part in images.split(100)])  # type: ignore[no-untyped-call]
-        return float(task.loss(outputs, targets))
+    finetune(network, task, 0)
+    return float(task.loss(task.outputs(network), task.test()[1]))
 
 
 def table(records: dict[str, Any]) -> str:

@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 import fxmerge
 from fxmerge.candidates import Candidate
@@ -117,7 +118,8 @@ def measure(name: str, batch: int, spec: str) -> dict[str, Any]:
     }
     timings: list[Timing] = []
     alone, seconds["paper"], layers = alone_table(frontier) if runtime.name == "onnxruntime" else (None, None, None)
-    plans = (plan for plan in random_plans(frontier) if apart(frontier, plan))
+    deployed = merge_graph(frontier._setup.base)
+    plans = (plan for plan in random_plans(frontier) if apart(frontier, deployed, plan))
     rewrites = [rewrite(frontier, plan, alone, timings) for plan in itertools.islice(plans, REWRITES)]
     budgets = {str(share): budget(frontier, share, timings) for share in BUDGETS}
     counting = fxmerge.frontier(model, images, runtime="macs")
@@ -139,11 +141,14 @@ def measure(name: str, batch: int, spec: str) -> dict[str, Any]:
     }
 
 
-def apart(frontier: Frontier, plan: tuple[Candidate, ...]) -> bool:
-    """Whether no two neighbours of a plan fold into one convolution: of those the solver takes the merge of both."""
-    original, merged = merge_graph(frontier._setup.base), frontier._install(frontier._priced(plan), None)[0]
+def apart(frontier: Frontier, deployed: fx.GraphModule, plan: tuple[Candidate, ...]) -> bool:
+    """Whether no two neighbours of a plan fold into one convolution: of those the solver takes the merge of both.
+
+    ``deployed`` is the original, folded.
+    """
+    merged = frontier._install(frontier._priced(plan), None)[0]
     gone = {name for c in plan for name in (*c.kept, *c.bypassed)}
-    left = sum(gone.isdisjoint(node.meta[META].get("made_of", [node_id(node)])) for node, _ in convolutions(original))
+    left = sum(gone.isdisjoint(node.meta[META].get("made_of", [node_id(node)])) for node, _ in convolutions(deployed))
     return left + sum(c.geometry is not None for c in plan) == sum(1 for _ in convolutions(merged))
 
 

@@ -42,7 +42,8 @@ from fxmerge.runtimes import get_runtime, interleave
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from tasks import TASKS, Task, batches, trained
+from tasks import TASKS, finetune, trained
+from zoo import settle
 
 RESULTS = Path(__file__).with_name("results") / "quality.json"
 RUNTIME = "onnxruntime:threads=1"
@@ -56,8 +57,6 @@ METHODS: dict[str, dict[str, Any]] = {
 ROWS = ("polish", *METHODS, "channels")
 POLISH = "10s"
 IMAGES = 512
-STEPS = 60
-RATE = 1e-3
 HALVINGS = 6
 SECONDS = 0.5
 
@@ -139,12 +138,12 @@ Compress = Callable[[float], tuple[dict[str, nn.Module], float]]
 def ours(name: str, seed: int, method: str, model: nn.Module, example: Tensor, images: Tensor, work: Path) -> Compress:
     """By :func:`fxmerge.compress`, step by step."""
     options = METHODS[method]
-    batches_ = images.split(32)  # type: ignore[no-untyped-call]
+    parts = torch.split(images, 32)
     frontier = fxmerge.frontier(
         model,
         example,
         runtime=RUNTIME,
-        calibration=batches_,
+        calibration=parts,
         store=work / "latency.sqlite",
         importance_table=work / f"{name}-{seed}-{options.get('fit', 'refit')}.sqlite",
         **options,
@@ -155,7 +154,7 @@ def ours(name: str, seed: int, method: str, model: nn.Module, example: Tensor, i
         networks: dict[str, nn.Module] = {method: result.model}
         if "polish" in rows_of(method):
             original = clone(fxmerge.capture(model, example)).eval()
-            data = read_calibration(batches_, None, original, ((example,), {}))
+            data = read_calibration(parts, None, original, ((example,), {}))
             networks["polish"] = PolishPass(original, data, POLISH)(copy.deepcopy(result.model)).graph_module
         return networks, result.report.measured / result.report.original
 
@@ -181,7 +180,7 @@ def pruner(model: nn.Module, example: Tensor, images: Tensor) -> Compress:
                 low = ratio
         if best is None:
             raise BudgetError(f"channel pruning does not reach {budget:.0%}")
-        reestimate(best[0], images)
+        settle(best[0], torch.split(images, 32))
         return {"channels": best[0]}, best[1]
 
     return compress
@@ -202,37 +201,6 @@ def pruned(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
     )
     pruner.step()
     return network
-
-
-@torch.no_grad()
-def reestimate(network: nn.Module, images: Tensor) -> None:
-    """Batch-norm statistics anew, averaged over all images."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    network.train()
-    for part in images.split(32):  # type: ignore[no-untyped-call]
-        network(part)
-    network.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-
-
-def finetune(network: nn.Module, task: Task, seed: int) -> None:
-    """A short pass with targets, the same for every method."""
-    optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    network.train()
-    for number, (images, targets) in enumerate(batches(task, 7777 + seed)):
-        if number == STEPS:
-            break
-        optimizer.zero_grad()
-        task.loss(network(images), targets).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    network.eval()
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:

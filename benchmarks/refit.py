@@ -31,14 +31,13 @@ from torch import Tensor, fx
 
 import fxmerge
 from fxmerge import regression
-from fxmerge.algebra import Geometry
 from fxmerge.calibration import read_calibration
 from fxmerge.candidates import Candidate
 from fxmerge.estimators import Distortion
 from fxmerge.evaluate import evaluate
 from fxmerge.graph import META, by_id, clone, module_of, shape_of
 from fxmerge.linear import conv_geometry
-from fxmerge.passes import RefitPass, RelaxPass
+from fxmerge.passes import RefitPass, RefitResult, RelaxPass
 from fxmerge.passes.enumerate_segments import enumerate_segments
 from fxmerge.passes.fold import fold_segments
 from fxmerge.regression import Regression
@@ -46,7 +45,7 @@ from fxmerge.regression import Regression
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from tasks import TASKS, photograph_crops, trained
-from zoo import NETWORKS
+from zoo import NETWORKS, settle
 
 RESULTS = Path(__file__).with_name("results") / "refit.json"
 ROWS = (0.3, 1.0, 3.0)
@@ -69,7 +68,7 @@ def main() -> None:
     record: dict[str, Any] = {}
     for part in ("refit", "score"):
         command = [sys.executable, __file__, "--only", part]
-        record[part] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+        record[part] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603 - this very file
         print(part, record[part], flush=True)
     record["few rows"] = {name: few_rows(name, options.work) for name in options.tasks}
     options.results.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
@@ -79,14 +78,9 @@ def main() -> None:
 
 def resnet18(crops: Tensor) -> fx.GraphModule:
     """Random weights; batch-norm statistics of the crops."""
-    model = NETWORKS["resnet18"](size=224, seed=0).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None
-            module.reset_running_stats()
-    with torch.no_grad():
-        model(crops[:32])
-    return clone(fxmerge.capture(model.eval(), crops[:2])).eval()
+    model = NETWORKS["resnet18"](size=224, seed=0)
+    settle(model, [crops[:32]])
+    return clone(fxmerge.capture(model, crops[:2])).eval()
 
 
 def time_refit() -> dict[str, float]:
@@ -94,12 +88,15 @@ def time_refit() -> dict[str, float]:
     crops = photograph_crops(512, 224)
     gm = resnet18(crops)
     plan = fxmerge.frontier(gm, crops[:2], runtime="macs").at(0.5)
-    data = read_calibration(crops.split(32), None, gm, ((crops[:2],), {}))  # type: ignore[no-untyped-call]
+    data = read_calibration(torch.split(crops, 32), None, gm, ((crops[:2],), {}))
     relaxed = RelaxPass(plan.candidates)(clone(gm)).graph_module
     start = time.perf_counter()
-    fits = RefitPass(gm, data)(relaxed).fits  # type: ignore[attr-defined]
+    outcome = RefitPass(gm, data)(relaxed)
+    seconds = time.perf_counter() - start
+    assert isinstance(outcome, RefitResult)  # noqa: S101 - tells the type checker what the pass returns
+    fits = outcome.fits
     return {
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "fits": len(fits),
         "fitted": sum(fit.fitted for fit in fits),
         "least rows per unknown": min(fit.rows_per_unknown for fit in fits),
@@ -109,11 +106,11 @@ def time_refit() -> dict[str, float]:
 
 
 def time_score() -> dict[str, float]:
-    """Score every candidate of ResNet-18 that would be faster."""
+    """Score every candidate of ResNet-18."""
     crops = photograph_crops(16, 224)
     gm = resnet18(crops)
     candidates = list(dict.fromkeys(site.candidate for site in enumerate_segments(gm).sites))
-    data = read_calibration(crops.split(4), None, gm, ((crops[:2],), {}))  # type: ignore[no-untyped-call]
+    data = read_calibration(torch.split(crops, 4), None, gm, ((crops[:2],), {}))
     start = time.perf_counter()
     score = Distortion(data, fit="refit").prepare(gm, candidates)
     for candidate in candidates:
@@ -180,23 +177,15 @@ def compare(
     fit, checked = pairs(images[held_out:count]), pairs(images[:held_out])
     installed = Regression(geometry, fit, checked).fit([prior])[0]
     judge = Regression(geometry, fit, pairs(fresh))
-    plain = _plain(geometry, fit)
     columns = regression._columns(geometry, geometry)
+    zero = torch.zeros(geometry.groups, unknowns, geometry.out_channels // geometry.groups)
+    # the first is the weakest ridge, towards zero, on all rows; held-out images have no part in it
+    _, _, weight, bias = next(iter(judge._system.solutions([0], [zero], columns)))
     return (
         judge.error(*regression._as_columns(geometry, installed.weight, installed.bias), 0, columns),
         judge.error(*regression._as_columns(geometry, prior[2], prior[3]), 0, columns),
-        judge.error(*plain, 0, columns),
+        judge.error(weight, bias, 0, columns),
     )
-
-
-def _plain(geometry: Geometry, fit: list[tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, Tensor]:
-    """The weakest ridge towards zero, on all rows."""
-    system = Regression(geometry, fit, fit)._system
-    zero = [
-        torch.zeros(geometry.groups, math.prod(geometry.weight_shape[1:]), geometry.out_channels // geometry.groups)
-    ]
-    _, _, weight, bias = next(iter(system.solutions([0], zero, regression._columns(geometry, geometry))))
-    return weight, bias
 
 
 def _bias(module: Any) -> Tensor:

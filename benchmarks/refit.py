@@ -35,7 +35,7 @@ from fxmerge.calibration import read_calibration
 from fxmerge.candidates import Candidate
 from fxmerge.estimators import Distortion
 from fxmerge.evaluate import evaluate
-from fxmerge.graph import META, by_id, clone, module_of, shape_of
+from fxmerge.graph import META, by_id, clone, graph_meta, module_of, shape_of
 from fxmerge.linear import conv_geometry
 from fxmerge.passes import RefitPass, RefitResult, RelaxPass
 from fxmerge.passes.enumerate_segments import enumerate_segments
@@ -156,8 +156,9 @@ def compare(
 ) -> tuple[float, float, float] | None:
     """Errors on fresh images: installed, composed, and a plain ridge regression; None where an image has more rows than asked."""
     network = RelaxPass((candidate,))(clone(gm)).graph_module.eval()
+    (segment,) = graph_meta(network)["segments"]
     fold_segments(network, check=False)
-    node = next(node for node in network.graph.nodes if node.meta.get(META, {}).get("exit") == candidate.exit)
+    node = next(node for node in network.graph.nodes if node.meta.get(META, {}).get("exit") == segment["exit"])
     module: Any = module_of(network, node)
     geometry, nodes = conv_geometry(module), by_id(gm)
     wanted = nodes[candidate.exit]

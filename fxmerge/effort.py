@@ -19,6 +19,9 @@ class Effort:
     count: int | None
     seconds: float | None
 
+    def __str__(self) -> str:
+        return str(self.count) if self.seconds is None else f"{self.seconds:g} s"
+
 
 def parse_effort(value: int | str | None, option: str, things: str) -> Effort | None:
     """The effort of ``"1min"``, ``"30s"``, ``"2h"``, or of a number; None for none.

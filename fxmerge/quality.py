@@ -332,7 +332,7 @@ def _check_folder(folder: Path) -> None:
 def _plain(value: Any, other: Any) -> str:
     """A value for a message; of a mapping only what differs from another."""
     if not (isinstance(value, Mapping) and isinstance(other, Mapping)):
-        return str(value)
+        return str(value).removesuffix(".")
     differing = [key for key in sorted({*value, *other}) if value.get(key) != other.get(key)]
     return ", ".join(f"{key} {value.get(key, 'unknown')}" for key in differing)
 

@@ -48,6 +48,10 @@ def found():
     return make_frontier()
 
 
+def mean_distance(outputs, reference):
+    return (outputs - reference).abs().mean()
+
+
 def layers(network):
     """The metric of these tests: how many convolutions there are."""
     return sum(isinstance(module, nn.Conv2d) for module in network.modules())
@@ -260,6 +264,25 @@ def test_the_file_of_another_evaluation_is_refused_by_name_and_left_alone(found,
     assert str(caught.value).startswith(f"{path} is of another evaluation: its {name} is {here or ''}")
     assert str(caught.value).endswith("It was left untouched; name another file, or remove this one")
     assert (metric.seen, path.read_bytes()) == ([], before)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"search": None}, "merged convolutions refitted. It was left"),
+        ({"search": 3}, "verified selection (3)"),
+        ({"polish": "20s"}, "verified selection (2), polish (20 s)"),
+        ({"refit_kept": True}, "merged convolutions refitted, kept convolutions, too, verified"),
+        ({"distance": mean_distance}, "distance of outputs by mean_distance"),
+    ],
+)
+def test_what_makes_another_network_makes_another_evaluation(tmp_path, options, words):
+    path = tmp_path / "quality.json"
+    same = {"calibration": [torch.randn(4, 3, 8, 8)], "search": 2}
+    make_frontier(**same).evaluate(layers, 0.8, save=path)
+    with pytest.raises(StoreError, match="its data is Calibrated on 4 images") as caught:
+        make_frontier(**{**same, **options}).evaluate(layers, 0.5, save=path)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

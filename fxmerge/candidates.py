@@ -101,7 +101,7 @@ class Candidate:
         exit: the value it gives.
         kept: convolutions that merge into one.
         bypassed: convolutions that go.
-        removed: activations that go, and norms over each sample.
+        removed: activations that go, norms over each sample, and products that lose a factor; those of branches that go first.
         cuts: branches that go: join and position among its operands.
         geometry: of the convolution that is left, None where none is.
         norm: which of the removed norms returns behind the merged convolution, None for none.

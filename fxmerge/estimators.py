@@ -94,10 +94,10 @@ class Magnitude:
     replaces it: for an activation f it is Cov(x, f(x))^2 / Var f(x) (0.73 for ReLU), by the trapezoidal rule; for a
     convolution the mean over output channels of w^2 / |W|^2, w being the tap that the identity has. Along a chain
     squared correlations multiply, so losses add as -log r^2: 0.31 for a ReLU, several nats for a convolution; r^2 is
-    taken to be at least 1e-6. A norm over each sample that goes, or moves, costs nothing: for one sample it is affine. A
-    convolution that goes takes one activation along at no further loss, the cheapest: the
-    identity in its place would leave two activations in a row, or one where none was. The measure is fxmerge's own;
-    LayerMerge uses weight norms only to choose which convolutions of a segment stay (section 4.3), as fxmerge does too.
+    taken to be at least 1e-6, what a product that loses a factor is left with. A norm over each sample that goes, or
+    moves, costs nothing: for one sample it is affine. A convolution that goes takes one activation along at no further
+    loss, the cheapest: the identity in its place would leave two activations in a row, or one where none was. The
+    measure is fxmerge's own; LayerMerge uses weight norms only to choose which convolutions of a segment stay (section 4.3), as fxmerge does too.
     """
 
     name = "magnitude"
@@ -135,6 +135,8 @@ def _unexplained(gm: fx.GraphModule, node: fx.Node) -> float:
     if module is not None:
         channels = next((parameter.numel() for parameter in module.parameters()), 1)
         return _unexplained_of_activation(_in_eval(module), channels)
+    if "removable" not in node.meta[META]:
+        return 1.0  # a product loses a factor, of which weights alone say nothing
     entry, (_, channels, *size) = _entry_of_registered(node), shape_of(node)
 
     def registered(x: Tensor) -> Tensor:

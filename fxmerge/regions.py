@@ -53,7 +53,8 @@ class Op:
 class Parallel:
     """Branches from one value that meet in one join; a None among them is the value itself (an identity skip).
 
-    ``branches`` are in the order of the join's operands. Branches of a sum, difference or concatenation can merge.
+    ``branches`` are in the order of the join's operands. Branches of a sum, difference or concatenation can merge,
+    one branch of a product can go.
     """
 
     entry: fx.Node | None

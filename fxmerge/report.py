@@ -235,7 +235,8 @@ def _fates(candidate: Candidate, sides: Sequence[str]) -> Iterator[tuple[str, st
         for name in candidate.kept:
             yield name, "merged", "; ".join([f"{where} with {_others(candidate.kept, name)}", *behind])
         for name in candidate.bypassed:
-            yield name, "removed", f"replaced by the identity in the merge {where}"
+            branch = ", or gone with its branch," if candidate.cuts else ""
+            yield name, "removed", f"replaced by the identity{branch} in the merge {where}"
         return
     for name in candidate.bypassed:
         if candidate.kind == "drop":

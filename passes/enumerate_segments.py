@@ -5,7 +5,8 @@ A segment is an interval of consecutive children of a Series of the region tree.
 1. **merge**: activations inside go, all irreducible convolutions stay and of the others a subset stays. One candidate
    for every distinct merged geometry, and for it the subset with the largest summed L1 norm (LayerMerge, section 4.3),
    from a table of reachable geometries: children of a Series combine by ``then``, branches of a join by
-   ``add_geometries`` or ``concat_geometries``, so subsets are never listed. Norms over each sample go too; the last one
+   ``add_geometries`` or ``concat_geometries``, so subsets are never listed. Of a product one factor goes, with all that
+   it is computed by: a squeeze-excite gate. Norms over each sample go too; the last one
    with as many channels as the merged convolution writes returns behind it.
 2. **bypass**: the shortest intervals whose entry and exit have the same shape become the identity. Longer ones are made
    of these.
@@ -16,7 +17,7 @@ network anyone wants; the branch is dropped instead.
 
 It does not act on, and says so with a refusal: modules used more than once, padding modes other than zeros, batch norms
 without running statistics, operations that are no affine shift-equivariant maps, values written in place, joins that
-are not additions or concatenations of channels, merged kernels over the cap, norms that fit no merged convolution, side
+are not additions, products or concatenations of channels, merged kernels over the cap, norms that fit no merged convolution, side
 inputs that are computed inside the segment, and what ``include`` and ``exclude`` leave out. Annotates nothing and
 changes nothing: ``modified`` is False.
 """
@@ -102,6 +103,8 @@ class _Way:
     bypassed: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     cuts: tuple[tuple[str, int], ...] = ()
+    lost: tuple[str, ...] = ()
+    """What is removed in branches that are cut, and products that lose a factor."""
     norms: tuple[str, ...] = ()
     fused: int = 0
     """Joins and other linear operations besides the convolutions and their norms."""
@@ -114,6 +117,7 @@ class _Way:
             self.bypassed + other.bypassed,
             self.removed + other.removed,
             self.cuts + other.cuts,
+            self.lost + other.lost,
             self.norms + other.norms,
             self.fused + other.fused,
         )
@@ -302,12 +306,12 @@ class _Search:
         join = parallel.exit
         if parallel.join == "other":
             return _as_barrier(meaning(self.gm, join, self.shared))
-        if parallel.join == "mul":
-            return Barrier("gate", f"{node_id(join)} multiplies two values")
         if parallel.join == "concat" and list(join.args[1:]) != [1]:
             return Barrier("not-linear", f"{node_id(join)} does not concatenate channels")
         if parallel.entry is None or not is_tensor(parallel.entry) or len(shape_of(parallel.entry)) < 3:
             return Barrier("not-spatial", f"the branches joined by {node_id(join)} do not start from one spatial value")
+        if parallel.join == "mul":
+            return self._gate(parallel, parallel.entry)
         if len({shape_of(value)[1 if parallel.adds else 2 :] for value in join.all_input_nodes}) > 1:
             return Barrier("not-linear", f"{node_id(join)} broadcasts one of its operands")
         table: _Joined = {}
@@ -319,6 +323,26 @@ class _Search:
         ways = {geometry: way for geometry, way in table.items() if geometry is not None}
         reason = f"{node_id(join)} joins branches of no common stride, or beyond max_kernel={self.limits.max_kernel}"
         return ways or Barrier("kernel-cap", reason)
+
+    def _gate(self, parallel: Parallel, entry: fx.Node) -> _Ways | Barrier:
+        """A product: one factor goes, with all that it is computed by."""
+        join = parallel.exit
+        ways: _Ways = {}
+        identity = Geometry.identity(shape_of(entry)[1], len(shape_of(entry)) - 2)
+        for position, gone in enumerate(parallel.branches):
+            stays = parallel.branches[1 - position]
+            value = entry if stays is None else stays.exit
+            if gone is None or value is None or shape_of(value) != shape_of(join) or _written_in_place(gone.children):
+                continue
+            names, options = _convolutions(self.gm, gone.children), self._branch(parallel, 1 - position, stays)
+            if isinstance(options, Barrier) or (names and self.limits.method == "depth"):
+                continue
+            lost = (*_removable(self.gm, gone, self.shared), node_id(join))
+            cut = _Way(identity, bypassed=names, cuts=((node_id(join), position),), lost=lost, fused=1)
+            for geometry, way in options.items():
+                if geometry is not None:
+                    self._offer(ways, way.then(cut, geometry))
+        return ways or Barrier("gate", f"{node_id(join)} multiplies two values, neither of which can go")
 
     def _branch(self, parallel: Parallel, position: int, branch: Series | None) -> _Joined | Barrier:
         """The ways of one branch of a join; a geometry of None stands for dropping it."""
@@ -341,7 +365,7 @@ class _Search:
         if names and parallel.adds and parallel.may_lose(position) and self.limits.method != "depth":
             removed = _removable(self.gm, branch, self.shared)
             cuts = ((node_id(parallel.exit), position),)
-            options[None] = _Way(identity, bypassed=names, removed=removed, cuts=cuts)
+            options[None] = _Way(identity, bypassed=names, cuts=cuts, lost=removed)
         return options
 
     def _join(self, parallel: Parallel, first: _Joined, second: _Joined) -> _Joined:
@@ -424,7 +448,15 @@ class _Search:
                 continue
             norm = fitting[-1] if fitting else None
             candidate = Candidate(
-                "merge", node_id(entry), node_id(exit_), way.kept, way.bypassed, way.removed, way.cuts, geometry, norm
+                "merge",
+                node_id(entry),
+                node_id(exit_),
+                way.kept,
+                way.bypassed,
+                way.lost + way.removed,
+                way.cuts,
+                geometry,
+                norm,
             )
             yield candidate
             activation = self._last_activation(way)

@@ -118,20 +118,19 @@ refusals:     3 not-linear
 GATED = """
 convolution   geometry     output   merge bypass drop span  refused
 input                      3x12x12
-first         3x3 p1 3->8  8x12x12      -      -    -    -  gate
+first         3x3 p1 3->8  8x12x12      2      -    -    4  -
 gate: mul                  8x12x12
 + identity
 + 0                        8x1x1
-| 1, relu     1x1 8->2     2x1x1        1      -    1    2  gate not-linear
-| 3, sigmoid  1x1 2->8     8x1x1        1      -    1    2  gate
-last          3x3 p1 8->4  4x12x12      -      -    -    -  gate
+| 1, relu     1x1 8->2     2x1x1        4      -    1    4  not-linear
+| 3, sigmoid  1x1 2->8     8x1x1        4      -    1    4  -
+last          3x3 p1 8->4  4x12x12      2      -    -    4  -
 
-gate        mul multiplies two values: mul
 not-linear  AdaptiveAvgPool2d is no affine shift-equivariant map: gate.0
 
-convolutions: 4, of which 2 could change
-candidates:   1 merge, 1 drop
-refusals:     4 gate, 1 not-linear
+convolutions: 4, of which 4 could change
+candidates:   4 merge, 1 drop
+refusals:     1 not-linear
 """
 
 ENTANGLED = """

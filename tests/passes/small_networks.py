@@ -130,8 +130,9 @@ def candidates(gm, kind="merge", **limits):
 
 
 def full_merge(gm, **limits):
-    """The merge of most convolutions that removes none of them."""
-    return next(c for c in candidates(gm, **limits) if not c.bypassed and not c.cuts)
+    """The merge of most convolutions that removes none of them, nor a branch of a sum."""
+    gates = {name for name, node in by_id(gm).items() if node.target == torch.ops.aten.mul.Tensor}
+    return next(c for c in candidates(gm, **limits) if not c.bypassed and gates.issuperset(join for join, _ in c.cuts))
 
 
 def relaxed(gm, *chosen):

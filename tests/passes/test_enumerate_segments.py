@@ -409,6 +409,39 @@ def test_a_branch_of_a_gate_is_dropped():
     ]
 
 
+def squeeze_excite(net, x):
+    y = net.a(x)
+    return net.o(y * torch.sigmoid(net.e(torch.relu(net.r(F.adaptive_avg_pool2d(y, 1))))))
+
+
+def test_a_merge_drops_the_gate_on_its_way():
+    net = Net(squeeze_excite, a=nn.Sequential(conv(), nn.ReLU()), r=conv(4, 2, 1), e=conv(2, 4, 1), o=conv(4, 5))
+    dropped = "-r -e ~relu ~sigmoid ~mul"
+    merges = [line for line in show(enumerate_(net)) if " cut " in line and " merge " in line]
+    assert merges == [
+        f"0[1:4] merge x..mul =a.0 {dropped} ~a.1 cut mul:1 3x3 p1 4->4",
+        f"0[1:5] merge x..o =a.0 =o {dropped} ~a.1 cut mul:1 5x5 p2 4->5",
+        f"0[1:5] merge x..o =o -a.0 {dropped} ~a.1 cut mul:1 3x3 p1 4->5",
+        f"0[3:5] merge a.1..o =o {dropped} cut mul:1 3x3 p1 4->5",
+    ]
+    assert not [line for line in show(enumerate_(net, method="depth")) if "cut" in line]
+
+
+def test_the_activation_behind_a_merge_is_never_that_of_a_gate():
+    net = Net(squeeze_excite, a=nn.Sequential(conv(), nn.SiLU()), r=conv(4, 2, 1), e=conv(2, 4, 1), o=conv(4, 5))
+    sites = enumerate_(net, exit_activation=True).sites
+    assert {site.candidate.activation for site in sites if site.candidate.cuts} == {None, "SiLU"}
+
+
+def test_a_gate_without_convolutions_goes_with_activations_alone():
+    net = Net(lambda net, x: net.b(net.a(x) * torch.sigmoid(x.mean(1, keepdim=True))), a=conv(), b=conv())
+    cut = [line for line in show(enumerate_(net, method="depth")) if "cut" in line]
+    assert cut == [
+        "0[1:2] merge x..mul =a ~sigmoid ~mul cut mul:1 3x3 p1 4->4",
+        "0[1:3] merge x..b =a =b ~sigmoid ~mul cut mul:1 5x5 p2 4->4",
+    ]
+
+
 def test_chains_in_a_mesh_are_found():
     def compute(net, x):
         y = net.a(x)
@@ -470,7 +503,9 @@ REFUSED = {
         {("not-linear", name, "add") for name in "abo"},
     ),
     "gate": (
-        lambda: Net(lambda net, x: net.o(net.a(x) * net.b(x)), a=conv(4, 6), b=conv(4, 6), o=conv(6, 5)),
+        lambda: Net(
+            lambda net, x: net.o(F.max_pool2d(net.a(x), 3, 1, 1) * net.b(x)), a=conv(4, 6), b=conv(4, 1), o=conv(6, 5)
+        ),
         {("gate", name, "mul") for name in "abo"},
     ),
     "concatenation of rows": (

@@ -105,6 +105,31 @@ def test_a_segment_that_is_linear_already_is_found_again(monkeypatch):
     assert output_error(kept, gm, x) < 1e-8
 
 
+class Gate(nn.Module):
+    """Squeeze and excite."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.squeeze, self.excite = nn.Linear(channels, 2), nn.Linear(2, channels)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))[:, :, None, None]
+
+
+@pytest.mark.parametrize(("excite", "least", "most"), [(0.0, 0.0, 1e-15), (1.0, 1e-4, 0.02)])
+def test_the_fit_learns_the_weights_that_a_gate_gives_to_channels(monkeypatch, excite, least, most):
+    monkeypatch.setattr(regression, "STRENGTHS", (1e-13,))
+    x = images(2, 3, 12, 12)
+    model = lively(nn.Sequential(conv(3, 4), conv(4, 6, act=False), Gate(6), conv(6, 5, 1, p=0), head(5)))
+    model[2].excite.weight.data.mul_(excite)  # where it is 0 the channels of all images are weighed alike
+    gm = captured(model, x)
+    candidate = next(c for c in candidates(gm, max_kernel=3) if c.kept == ("1.0", "3.0") and c.cuts)
+    _, fits = refitted(gm, candidate)
+    assert fits[0].fitted
+    assert fits[0].composed_error > 0.1
+    assert least <= fits[0].error < most
+
+
 def by_hand(gm, found, prior, name, data, *, skip=True, inputs=None):
     """The fit of one convolution from values of two whole networks: ``found`` is what was refitted, or ``inputs``."""
     node = by_id(found)[name]

@@ -42,6 +42,22 @@ FAR = 24
 """Zeros put around an input; a multiple of every stride and more than any kernel here reaches."""
 
 
+class Gate(nn.Module):
+    """Squeeze and excite by fully connected layers."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.squeeze, self.excite = nn.Linear(channels, 2), nn.Linear(2, channels)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))[:, :, None, None]
+
+
+def residual_gate(channels):
+    """x + gate(conv(conv(x))), as in SE-ResNet."""
+    return Add(nn.Sequential(conv(channels, channels), conv(channels, channels, act=False), Gate(channels)))
+
+
 def on_the_plane(model, x, size, stride=1):
     """The model without activations on an infinite plane of zeros around ``x``: what relaxing must give, with borders.
 
@@ -49,7 +65,7 @@ def on_the_plane(model, x, size, stride=1):
     """
     linear = copy.deepcopy(model)
     for path, module in model.named_modules():
-        if isinstance(module, (nn.ReLU, nn.ReLU6, nn.Dropout)):
+        if isinstance(module, (nn.ReLU, nn.ReLU6, nn.Dropout, Gate)):
             linear.set_submodule(path, nn.Identity())
     with torch.no_grad():
         y = linear(F.pad(x, [FAR] * (2 * len(size))))
@@ -84,6 +100,8 @@ PLANE = {
     "bare branch": (lambda: nn.Sequential(conv(3, 4), Cat(nn.ReLU(), conv(4, 3)), conv(7, 4)), (8, 8)),
     "x + relu(x)": (lambda: nn.Sequential(conv(3, 4), Add(nn.ReLU()), conv(4, 4)), (8, 8)),
     "difference": (lambda: nn.Sequential(conv(3, 4), Minus(conv(4, 4)), conv(4, 4)), (8, 8)),
+    "gate": (lambda: nn.Sequential(conv(3, 4), residual_gate(4), conv(4, 4)), (8, 9)),
+    "gate behind a stride": (lambda: nn.Sequential(conv(3, 4, s=2), Gate(4), conv(4, 4)), (9, 8)),
     "dropout": (lambda: nn.Sequential(conv(3, 4), nn.Dropout(0.5), conv(4, 4)), (8, 8)),
     "one axis": (
         lambda: nn.Sequential(

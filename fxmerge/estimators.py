@@ -97,7 +97,8 @@ class Magnitude:
     taken to be at least 1e-6, what a product that loses a factor is left with. A norm over each sample that goes, or
     moves, costs nothing: for one sample it is affine. A convolution that goes takes one activation along at no further
     loss, the cheapest: the identity in its place would leave two activations in a row, or one where none was. The
-    measure is fxmerge's own; LayerMerge uses weight norms only to choose which convolutions of a segment stay (section 4.3), as fxmerge does too.
+    measure is fxmerge's own; LayerMerge uses weight norms only to choose which convolutions of a segment stay (section
+    4.3), as fxmerge does too.
     """
 
     name = "magnitude"

@@ -57,7 +57,8 @@ _DRIFT = 0.05
 _PROPOSED = 512
 """Points per region of the solves that propose plans."""
 _FINALISTS = 4
-_TRIES = 12
+_PATIENCE = 8
+"""Times ``measure_seconds`` for timings to hold."""
 _ROUNDS = 6
 """Of a try at least, however slow the network: the fastest of a few runs is no minimum."""
 _log = logging.getLogger("fxmerge")
@@ -359,7 +360,8 @@ class Frontier:
             measured, original = interleave(timers, 0.0, deterministic=True)
             return measured, original
         tries: list[list[Timing]] = []
-        for _ in range(_TRIES):
+        end = time.perf_counter() + _PATIENCE * self._measure_seconds
+        while len(tries) < 2 or time.perf_counter() < end:
             tries.append(interleave(timers, self._measure_seconds / 2, _ROUNDS))
             measured, original = map(_best_of, zip(*tries, strict=True))
             agree = max(measured.repeatability, original.repeatability) <= _TOLERANCE
@@ -703,7 +705,7 @@ def frontier(
         max_points: bound on the solver's points per region; None is exact.
         memory: bound on cached calibration inputs, such as "2GiB".
         store: file of measured latencies; "default" is one in the user's cache folder, None keeps nothing.
-        measure_seconds: how long each network is timed against the original.
+        measure_seconds: how long each network is timed against the original; eight times as long at most, until timings hold.
         executor: scores candidates: any ``concurrent.futures.Executor``, or :class:`fxmerge.clusters.RayExecutor`; None scores
             here, one after the other. It changes no loss.
         importance_table: file that keeps every loss as soon as it is known; the next run for the same model, data and estimator

@@ -28,6 +28,17 @@ def conv(i, o, k=3, *, s=1, bn=True, act=True, g=1, d=1, p=None):
     return nn.Sequential(*layers)
 
 
+class Gate(nn.Module):
+    """Squeeze and excite by fully connected layers."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.squeeze, self.excite = nn.Linear(channels, 2), nn.Linear(2, channels)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))[:, :, None, None]
+
+
 class Add(nn.Module):
     """The sum of two branches; None is the input itself."""
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from small_networks import (
     SMALL,
     Add,
+    Gate,
     candidates,
     captured,
     conv,
@@ -103,17 +104,6 @@ def test_a_segment_that_is_linear_already_is_found_again(monkeypatch):
     kept, fits = refitted(gm, candidate)
     assert (fits[0].fitted, fits[0].error < 1e-15) == (False, True)  # nothing is better than what it composes to
     assert output_error(kept, gm, x) < 1e-8
-
-
-class Gate(nn.Module):
-    """Squeeze and excite."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.squeeze, self.excite = nn.Linear(channels, 2), nn.Linear(2, channels)
-
-    def forward(self, x):
-        return x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))[:, :, None, None]
 
 
 @pytest.mark.parametrize(("excite", "least", "most"), [(0.0, 0.0, 1e-15), (1.0, 1e-4, 0.02)])

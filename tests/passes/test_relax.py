@@ -12,6 +12,7 @@ from small_networks import (
     SMALL,
     Add,
     Cat,
+    Gate,
     Minus,
     candidates,
     captured,
@@ -40,17 +41,6 @@ from fxmerge.passes import RelaxPass
 TOLERANCE = 1e-10
 FAR = 24
 """Zeros put around an input; a multiple of every stride and more than any kernel here reaches."""
-
-
-class Gate(nn.Module):
-    """Squeeze and excite by fully connected layers."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.squeeze, self.excite = nn.Linear(channels, 2), nn.Linear(2, channels)
-
-    def forward(self, x):
-        return x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))[:, :, None, None]
 
 
 def residual_gate(channels):

@@ -149,6 +149,7 @@ def finetune(
 
     Example:
         >>> import torch, fxmerge
+        >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(*[torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.ReLU()] * 3)
         >>> images = torch.randn(8, 4, 8, 8)
         >>> result = fxmerge.compress(net, images[:1], 0.9, runtime="macs")

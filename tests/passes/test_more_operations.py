@@ -75,7 +75,7 @@ OTHERS = {
         "computed-weight",
     ),
     "mirrored border": (lambda m, x: F.pad(x, (1, 1, 1, 1), "reflect"), "padding-mode"),
-    "gate of itself": (lambda m, x: x * x.mean((2, 3), keepdim=True), "gate"),
+    "gate of a maximum": (lambda m, x: F.max_pool2d(x, 3, 1, 1) * x.mean((2, 3), keepdim=True), "gate"),
 }
 
 

@@ -925,9 +925,7 @@ def _about_data(setup: _Setup) -> str:
         parts += ["merged convolutions refitted"] + ["kept convolutions, too"] * setup.refit_kept
     else:
         parts += ["weights composed", "batch-norm statistics re-estimated"]
-    if setup.distance is not None:
-        name = getattr(setup.distance, "__name__", type(setup.distance).__name__)
-        parts.append(f"distance of outputs by {name}")
+    parts += [] if setup.distance is None else [f"distance of outputs by {metric_name(setup.distance)}"]
     parts += [] if setup.search is None else [f"verified selection ({setup.search})"]
     parts += [] if setup.polish is None else [f"polish ({setup.polish})"]
     return f"Calibrated on {setup.calibration.images} images: {', '.join(parts)}."

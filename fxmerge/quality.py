@@ -249,7 +249,7 @@ def weights_hash(gm: fx.GraphModule) -> str:
     return short_hash(line(name, tensor) for name, tensor in sorted(state_tensors(gm)[0].items()))
 
 
-def metric_name(metric: Callable[[nn.Module], float], name: str | None = None) -> str:
+def metric_name(metric: Callable[..., object], name: str | None = None) -> str:
     """What a metric is called: ``name``, else the function's own name or the class of an object that can be called.
 
     Raises:

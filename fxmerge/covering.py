@@ -272,12 +272,12 @@ def _values(
             continue
         outputs = given.get(number, [])
         sources = [node_id(source) for source in node.all_input_nodes]
+        # What was folded without loss gives what the last of its operations gave, not what the first did.
+        name = node.meta[META].get("exit", node_id(node))
         if len(outputs) == 1:
-            values[node_id(node)] = outputs[0]
+            values[name] = outputs[0]
         elif not outputs and isinstance(module_of(deployed, node), FREE) and sources[0] in values:
-            values[node_id(node)] = values[sources[0]]
-        if node_id(node) in values and "exit" in node.meta[META]:
-            values[node.meta[META]["exit"]] = values[node_id(node)]
+            values[name] = values[sources[0]]
     return values
 
 
@@ -467,34 +467,57 @@ def _by_operation(
 ) -> tuple[dict[int, float], float]:
     """Milliseconds of every numbered operation, and of what belongs to none.
 
-    What several operations run in has the name of any of them. It counts for the convolution among them.
+    What several operations run in has the name of any of them. It counts for the convolution among them. What has no number
+    (a change of layout) counts for the operation next to it that is no convolution, because convolutions share a layout.
     """
+    owners = [_operation(name, layers) for name in latencies]
+    hosts = _hosts(model, {owner for owner in owners if owner is not None}, layers)
+    owners = [owner if owner is None else hosts.get(owner, owner) for owner in owners]
     times: dict[int, float] = {}
     rest = 0.0
-    for name, latency in latencies.items():
-        numbers = [int(number) for number in _TOKEN.findall(name)]
-        if numbers:
-            owner = next((number for number in numbers if number in layers), numbers[0])
-            times[owner] = times.get(owner, 0.0) + latency
-        else:
+    for place, latency in enumerate(latencies.values()):
+        owner = owners[place]
+        if owner is None:
+            owner = _cause(owners, place, layers)
+        if owner is None:
             rest += latency
+        else:
+            times[owner] = times.get(owner, 0.0) + latency
+    return times, rest
+
+
+def _operation(name: str, layers: Collection[int]) -> int | None:
+    numbers = [int(number) for number in _TOKEN.findall(name)]
+    return next((number for number in numbers if number in layers), numbers[0] if numbers else None)
+
+
+def _cause(owners: Sequence[int | None], place: int, layers: Collection[int]) -> int | None:
+    """Of the operations that run next behind and in front of a change of layout the first that is no convolution."""
+    around = (owners[place + 1 :], owners[place - 1 :: -1] if place else ())
+    nearest = (next((owner for owner in side if owner is not None), None) for side in around)
+    return next((owner for owner in nearest if owner is not None and owner not in layers), None)
+
+
+def _hosts(model: onnx.ModelProto, timed: Collection[int], layers: Collection[int]) -> dict[int, int]:
+    """The operations under whose names convolutions ran with which they were fused -> those convolutions."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for value in node.input:
             readers.setdefault(value, []).append(node)
+    hosts: dict[int, int] = {}
     for node in model.graph.node:
         number = _number(node)
-        if number in layers and number not in times:
-            host = _host(node, readers, times, layers)
-            if number is not None and host is not None:
-                times[number] = times.pop(host)
-    return times, rest
+        if number is not None and number in layers and number not in timed:
+            host = _host(node, readers, timed, layers)
+            if host is not None:
+                hosts.setdefault(host, number)
+    return hosts
 
 
 def _host(
     node: onnx.NodeProto,
     readers: Mapping[str, list[onnx.NodeProto]],
-    times: Mapping[int, float],
+    timed: Collection[int],
     layers: Collection[int],
 ) -> int | None:
     """The operation behind a convolution that it was fused with: the next one that took time."""
@@ -503,7 +526,7 @@ def _host(
         number = _number(node)
         if number in layers:
             return None
-        if number in times:
+        if number in timed:
             return number
     return None
 

@@ -82,7 +82,7 @@ class Charging:
                 prices[node.name] = MAC * math.prod(shapes[result]) * shapes[node.input[0]][-1]
             elif node.op_type not in self.free:
                 prices[node.name] = ELEMENT * math.prod(shapes[result])
-        return {names.get(name, name): price for name, price in prices.items()} | {"ReorderInput": LAYOUT}
+        return {"ReorderInput": LAYOUT} | {names.get(name, name): price for name, price in prices.items()}
 
     def hosts(self, node, readers, makers, hosts):
         """The convolutions that an operation could run in: nothing else reads what they give."""

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxmerge.candidates import Candidate, Enumeration, Limits
 from fxmerge.capture import capture
-from fxmerge.covering import Skeleton, cover, skeleton
+from fxmerge.covering import Skeleton, _by_operation, cover, skeleton
 from fxmerge.exporters import onnx_bytes
 from fxmerge.fitting import apply_candidates
 from fxmerge.graph import between, by_id, clone, node_id
@@ -213,6 +213,45 @@ def test_what_cannot_be_placed_is_measured_alone():
     assert set(found.runtime.alone) - set(found.kept.values()) <= outside
     finite = [c for c in found.merged if math.isfinite(found.table.of(c))]
     assert {c: found.table.of(c) for c in finite} == pytest.approx({c: layer_price(found.merged[c]) for c in finite})
+
+
+def test_an_end_inside_of_what_folds_without_loss_has_no_place():
+    """Two pointwise convolutions are one where that is cheaper, and the value between them is nowhere."""
+    model = nn.Sequential(conv(3, 4), conv(4, 4, 1, act=False), conv(4, 12, 1), conv(12, 4, 1), head(4))
+    found = measure(*network(model), Charging())
+    assert ("1.0", "2.0") in found.table.folded
+    whole = found.skeleton()
+    placed = {candidate for candidate in found.candidates if whole.holds(found.gm, candidate)}
+    assert {c for c in found.candidates if "1.1" in (c.entry, c.exit)} == set(found.candidates) - placed != set()
+    for candidate in placed:
+        outputs(whole, whole.rewritten(found.gm, [candidate]))
+
+
+def test_changes_of_layout_count_for_what_causes_them():
+    """Convolutions 0, 1 (run with its activation, 2) and 5 share a layout, the pool 3 and the addition 4 do not."""
+    operators = ("Conv", "Conv", "Relu", "MaxPool", "Add", "Conv")
+    nodes = [
+        onnx.helper.make_node(operator, [f"{number - 1}"], [f"{number}"], name=f"fxm{number}_{number}")
+        for number, operator in enumerate(operators)
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "layers", [], []))
+    latencies = {
+        "ReorderInput": 0.01,
+        "fxm0_0_nchwc": 1.0,
+        "ReorderInput_token_1": 0.02,
+        "fxm2_2_0_nchwc": 2.0,
+        "ReorderOutput_token_2": 0.03,
+        "ReorderOutput_token_3": 0.04,
+        "fxm3_3": 3.0,
+        "ReorderOutput_token_4": 0.05,
+        "fxm4_4": 4.0,
+        "ReorderInput_token_5": 0.06,
+        "fxm5_5_nchwc": 5.0,
+        "ReorderOutput_token_6": 0.07,
+    }
+    times, rest = _by_operation(latencies, model, {0, 1, 5})
+    assert times == pytest.approx({0: 1.0, 1: 2.0, 3: 3.07, 4: 4.11, 5: 5.0})
+    assert rest == pytest.approx(0.01 + 0.02 + 0.07)
 
 
 def test_a_side_input_is_left_out_of_covering_networks():

@@ -156,9 +156,9 @@ class Profile(Protocol):
         ...
 
     def latencies(self) -> dict[str, float]:
-        """The runtime's name of each operator -> the smallest milliseconds of all runs. Ends the profile.
+        """The runtime's name of each operator, in the order in which they run -> the smallest milliseconds of all runs.
 
-        Names hold those of the ONNX nodes that the operator was made of, or of values that they compute.
+        Ends the profile. Names hold those of the ONNX nodes that the operator was made of, or of values that they compute.
         """
         ...
 

@@ -69,8 +69,8 @@ def main() -> None:
 def measure(name: str, count: int, work: Path) -> dict[str, Any]:
     """The record of one network."""
     task, model = TASKS[name], trained(name, 0, work)
-    images = task.train()[0][:IMAGES]
-    example = task.test()[0][:2]
+    images = task.calibration()[:IMAGES]
+    example = images[:2]
     gm = clone(fxmerge.capture(model, example)).eval()
     data = read_calibration(torch.split(images, 32), None, gm, ((example,), {}))
     chosen = draw(gm, example, count)

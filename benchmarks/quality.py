@@ -56,7 +56,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 ROWS = ("polish", *METHODS, "channels")
 POLISH = "10s"
-IMAGES = 512
 HALVINGS = 6
 SECONDS = 0.5
 
@@ -96,7 +95,7 @@ def measure(
 ) -> Iterator[tuple[float, dict[str, dict[str, Any]]]]:
     """Of every budget the records of one method, by the name of the row."""
     task, model = TASKS[name], trained(name, seed, work)
-    images = task.train()[0][:IMAGES]
+    images = task.calibration()
     example = task.test()[0][: task.batch]
     compress = (
         pruner(model, example, images)

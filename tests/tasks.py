@@ -59,6 +59,7 @@ class Task:
         make: the untrained network.
         train: inputs and targets to train and calibrate with.
         test: fresh ones.
+        calibration: inputs of the size of the test images, without targets.
         loss: of outputs and targets.
         metric: of all outputs and targets of the test images, larger is better.
         unit: of the metric.
@@ -71,6 +72,7 @@ class Task:
     make: Callable[[], nn.Module]
     train: Callable[[], tuple[Tensor, Tensor]]
     test: Callable[[], tuple[Tensor, Tensor]]
+    calibration: Callable[[], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     metric: Callable[[Tensor, Tensor], float]
     unit: str
@@ -141,7 +143,11 @@ def _noisy_train() -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _noisy_test() -> tuple[Tensor, Tensor]:
-    return _noisy(HELD_BACK, 96, 40, 1)
+    return _noisy(HELD_BACK, 80, 60, 1)
+
+
+def _noisy_calibration() -> Tensor:
+    return _noisy(PHOTOGRAPHS, 80, 128, 2)[0]
 
 
 def _psnr(found: Tensor, clean: Tensor) -> float:
@@ -224,11 +230,28 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-_DIGITS = (lambda: _digits("train"), lambda: _digits("test"), F.cross_entropy, _accuracy, "%")
+_DIGITS = (
+    lambda: _digits("train"),
+    lambda: _digits("test"),
+    lambda: _digits("train")[0][:512],
+    F.cross_entropy,
+    _accuracy,
+    "%",
+)
 
 TASKS: dict[str, Task] = {
     "DnCNN": Task(
-        lambda: DnCNN(depth=12, width=32), _noisy_train, _noisy_test, F.mse_loss, _psnr, "dB", 8, 2e-3, 1, 16
+        lambda: DnCNN(depth=12, width=32),
+        _noisy_train,
+        _noisy_test,
+        _noisy_calibration,
+        F.mse_loss,
+        _psnr,
+        "dB",
+        8,
+        2e-3,
+        1,
+        16,
     ),
     "ResNet-20": Task(DigitsResNet, *_DIGITS, 5, 3e-3, 16, 64),
     "MobileNetV2": Task(MobileNet, *_DIGITS, 6, 3e-3, 16, 64),

@@ -27,6 +27,7 @@ from .files import write_files
 from .inputs import batch_size, map_tensors, tensors, with_batch
 
 if TYPE_CHECKING:
+    import onnx
     from numpy.typing import NDArray
 
 __all__ = ["check_path", "export_engine", "export_module", "files_written", "input_arrays", "onnx_bytes"]
@@ -322,8 +323,20 @@ def _onnx(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], d
         exported = torch.onnx.export(program, dynamo=True, input_names=names, optimize=True, verbose=False)
     if exported is None:
         raise UnsupportedError("torch.onnx.export returned nothing")
-    data: bytes = exported.model_proto.SerializeToString()
+    model = exported.model_proto
+    _rename_returned_inputs(model)
+    data: bytes = model.SerializeToString()
     return data
+
+
+def _rename_returned_inputs(model: onnx.ModelProto) -> None:
+    """Where a network returns an input as it is, torch 2.13 gives input and output one name, which is not valid ONNX."""
+    inputs = {entry.name for entry in model.graph.input}
+    names = {name: f"{name}_returned" for node in model.graph.node for name in node.output if name in inputs}
+    for node in model.graph.node:
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for entry in model.graph.output:
+        entry.name = names.get(entry.name, entry.name)
 
 
 def _onnx_torchscript(

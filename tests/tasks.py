@@ -267,7 +267,10 @@ def batches(task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def finetune(network: nn.Module, task: Task, seed: int) -> None:
     """A short pass with targets, in place: what every method gets that is compared; the network is left in eval mode."""
-    optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=1e-4)
+    parameters = list(network.parameters())
+    if not parameters:  # all of it was dropped
+        return
+    optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     network.train()
     for images, targets in itertools.islice(batches(task, 7777 + seed), STEPS):

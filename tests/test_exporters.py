@@ -131,6 +131,20 @@ def test_several_inputs_and_outputs(net, exporter):
         assert (classes == expected["rest"][1][:size].numpy()).all()
 
 
+class Returned(nn.Module):
+    def forward(self, x, y):
+        return x, y.relu(), x, y
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_inputs_that_are_returned(dynamic_batch):
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    model = onnx_bytes(Returned().eval(), (x, y), {}, dynamic_batch=dynamic_batch)
+    onnx.checker.check_model(onnx.load_model_from_string(model), full_check=True)
+    for found, expected in zip(run_onnx(model, x=x, y=y), (x, y.relu(), x, y), strict=True):
+        assert (found == expected.numpy()).all()
+
+
 def test_static_batch(plain):
     model = onnx_bytes(plain, (examples(2)[0],), {}, dynamic_batch=False)
     shape = onnx.load_model_from_string(model).graph.input[0].type.tensor_type.shape

@@ -9,8 +9,8 @@ beside it, after every part. What is in the file already is not done again.
 2. Few rows: every merge of two trained networks (tests/tasks.py) alone, fitted on as many images as give 0.3, 1 and 3 rows per
    unknown; the squared error at its exit on fresh images, as a share of the variance, of the weights that were
    installed, of the composed ones, and of a plain ridge regression without held-out images. In how many merges the
-   installed weights are worse than the composed ones, and the medians of all three. Photographs are cropped to 8x8, so that
-   0.3 rows are not less than an image; of ResNet-20 merges are left out of which they are.
+   installed weights are worse than the composed ones, and the medians of all three. Photographs are cropped to 8x8: few rows
+   are few pixels, and one image of them says little about others. Merges are left out that have more rows in one image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -152,19 +152,29 @@ def few_rows(name: str, work: Path) -> dict[str, dict[str, float]]:
         errors = [each for each in (compare(gm, candidate, images, fresh, rows) for candidate in merges) if each]
         found[str(rows)] = {
             "merges": len(errors),
-            "worse": sum(installed > composed * (1 + 1e-9) for installed, composed, _ in errors),
-            **{
-                title: statistics.median(error[number] for error in errors)
-                for number, title in enumerate(("installed", "composed", "plain ridge"))
-            },
+            "images": min(error.images for error in errors),
+            "worse": sum(error.installed > error.composed * (1 + 1e-9) for error in errors),
+            "installed": statistics.median(error.installed for error in errors),
+            "composed": statistics.median(error.composed for error in errors),
+            "plain ridge": statistics.median(error.plain for error in errors),
         }
     return found
 
 
-def compare(
-    gm: fx.GraphModule, candidate: Candidate, images: Tensor, fresh: Tensor, rows: float
-) -> tuple[float, float, float] | None:
-    """Errors on fresh images: installed, composed, and a plain ridge regression; None where an image has more rows than asked."""
+class Errors(NamedTuple):
+    """On fresh images, and how many images were fitted and held out."""
+
+    installed: float
+    composed: float
+    plain: float
+    images: int
+
+
+def compare(gm: fx.GraphModule, candidate: Candidate, images: Tensor, fresh: Tensor, rows: float) -> Errors | None:
+    """Errors of the weights that are installed, of the composed ones and of a plain ridge regression.
+
+    None where there are fewer than two images with so many rows, or too few images.
+    """
     network = RelaxPass((candidate,))(clone(gm)).graph_module.eval()
     (segment,) = graph_meta(network)["segments"]
     fold_segments(network, check=False)
@@ -192,10 +202,11 @@ def compare(
     zero = torch.zeros(geometry.groups, unknowns, geometry.out_channels // geometry.groups)
     # the first is the weakest ridge, towards zero, on all rows; held-out images have no part in it
     _, _, weight, bias = next(iter(judge._system.solutions([0], [zero], columns)))
-    return (
+    return Errors(
         judge.error(*regression._as_columns(geometry, installed.weight, installed.bias), 0, columns),
         judge.error(*regression._as_columns(geometry, prior[2], prior[3]), 0, columns),
         judge.error(weight, bias, 0, columns),
+        count,
     )
 
 
@@ -222,14 +233,14 @@ def table(record: dict[str, Any]) -> str:
     few = {part.removeprefix("few rows, "): found for part, found in record.items() if part.startswith("few rows")}
     if few:
         lines += [
-            "| network | rows per unknown | merges | worse than composed | installed | composed | plain ridge |",
-            "|---|---|---|---|---|---|---|",
+            "| network | rows per unknown | images, at least | merges | worse than composed | installed | composed | plain ridge |",
+            "|---|---|---|---|---|---|---|---|",
         ]
     for name, found in few.items():
         for rows, each in found.items():
             lines.append(
-                f"| {name} | {rows} | {each['merges']} | {each['worse']} | {each['installed']:.2f} | {each['composed']:.2f} "
-                f"| {each['plain ridge']:.2f} |"
+                f"| {name} | {rows} | {each['images']} | {each['merges']} | {each['worse']} | {each['installed']:.2f} "
+                f"| {each['composed']:.2f} | {each['plain ridge']:.2f} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -67,6 +67,7 @@ class Task:
         rate: its learning rate.
         batch: images that are timed at once.
         size: images of a training step.
+        baselines_exclude: submodules in which baselines change nothing.
     """
 
     make: Callable[[], nn.Module]
@@ -80,6 +81,7 @@ class Task:
     rate: float
     batch: int
     size: int
+    baselines_exclude: tuple[str, ...] = ()
 
     def outputs(self, model: nn.Module) -> Tensor:
         """What a network gives for the test images, in eval mode."""
@@ -252,6 +254,7 @@ TASKS: dict[str, Task] = {
         2e-3,
         1,
         16,
+        ("noise.32",),  # of all that they can make of it, returning the noisy image is nearest to its outputs
     ),
     "ResNet-20": Task(DigitsResNet, *_DIGITS, 5, 3e-3, 16, 64),
     "MobileNetV2": Task(MobileNet, *_DIGITS, 6, 3e-3, 16, 64),

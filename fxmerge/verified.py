@@ -2,7 +2,8 @@
 
 The solver adds up the losses of single candidates. That ranks plans well near the original and badly where much is
 changed, because errors that follow each other do more than add up. So it only proposes here: its own plan, those that it
-finds when large losses weigh more or less, and plans that differ from the best so far in one or two candidates.
+finds when large losses weigh more or less, plans that differ from the best so far in one or two candidates, and those that are
+best for losses that were corrected by what the networks so far lost, and moved at random.
 
 Pure search: what a plan's network loses, and which plan is best for given losses, is the caller's.
 """
@@ -10,8 +11,10 @@ Pure search: what a plan's network loses, and which plan is best for given losse
 from __future__ import annotations
 
 import itertools
+import math
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from .candidates import Candidate
@@ -25,7 +28,13 @@ Chosen = tuple[Candidate, ...]
 _POWERS = (1.0, 1.5, 0.7, 2.0, 0.5)
 """Of the losses, in proposals: above 1 one large loss costs more than several small ones."""
 _KEPT = 0.5
-"""What the losses of the best plan's other candidates are multiplied by, so that its neighbours differ in little."""
+"""What the losses of the best plan's candidates are multiplied by, so that what is proposed differs from it in little."""
+_SPREADS = (0.3, 0.7)
+"""Standard deviations of the logarithms that losses are moved by, in turns."""
+_MOVES, _WIDER = 20, 0.3
+"""How often losses are moved until their best plan is a new one, and by how much farther each time."""
+_IDLE = 20
+"""Moves without a better plan, after which it is left at that where no neighbour is better either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +60,9 @@ def search_plans(
 ) -> list[Tried]:
     """Plans that were installed, the one with the least distance first; ``first`` is among them.
 
-    Proposals come first, then the neighbours of the best so far; where one is better the search goes on from there. It ends when
-    no neighbour is better, or the effort is spent. The same plans in the same order whenever the effort is a number.
+    Plans for losses to other powers come first, then, in turns, the neighbours of the best so far, which are complete, and plans
+    for moved losses, which reach farther. Where one is better the search goes on from there. It ends when no neighbour is
+    better, nor any of twenty moves, or the effort is spent. The same plans in the same order whenever the effort is a number.
 
     Args:
         first: the solver's own plan.
@@ -84,17 +94,50 @@ def search_plans(
         found = attempt(best_for({candidate: max(loss, 0.0) ** power for candidate, loss in losses.items()}))
         if found is not None and found.distance < best.distance:
             best = found
-    improved = True
-    while improved and left():
-        improved = False
-        for plan in _neighbours(best.candidates, losses, best_for):
-            found = attempt(plan)
+    draw = random.Random(0)  # noqa: S311 - a seeded choice
+    neighbours, idle = _neighbours(best.candidates, losses, best_for), 0
+    while left():
+        idle += 1
+        neighbour = next((plan for plan in neighbours if frozenset(plan) not in tried), None)
+        moved = _moved(best.candidates, losses, best_for, tried.values(), draw)
+        if neighbour is None and (idle > _IDLE or frozenset(moved) in tried):
+            break
+        for plan in (neighbour, moved):
+            found = None if plan is None else attempt(plan)
             if found is not None and found.distance < best.distance:
-                best, improved = found, True
-                break
-            if not left():
-                break
+                best, neighbours, idle = found, _neighbours(found.candidates, losses, best_for), 0
     return sorted(tried.values(), key=lambda each: each.distance)
+
+
+def _moved(
+    best: Chosen,
+    losses: Mapping[Candidate, float],
+    best_for: Callable[[Mapping[Candidate, float]], Chosen],
+    tried: Collection[Tried],
+    draw: random.Random,
+) -> Chosen:
+    """The best plan for losses corrected by the networks so far, moved at random; a new one, if there is one nearby.
+
+    A candidate's loss is multiplied by how many times more than their sum of losses the networks lost in which it was: by the
+    geometric mean of these, and of a 1 that stands for what is not known yet.
+    """
+    excess: dict[Candidate, list[float]] = {candidate: [0.0] for candidate in losses}
+    for each in tried:
+        ratio = each.distance / max(sum(losses[candidate] for candidate in each.candidates), 1e-12)
+        for candidate in each.candidates:
+            excess[candidate].append(math.log(min(max(ratio, 1e-6), 1e6)))
+    kept = {candidate: _KEPT if candidate in best else 1.0 for candidate in losses}
+    corrected = {
+        candidate: kept[candidate] * max(loss, 0.0) * math.exp(sum(excess[candidate]) / len(excess[candidate]))
+        for candidate, loss in losses.items()
+    }
+    known, spread = {frozenset(each.candidates) for each in tried}, _SPREADS[len(tried) % len(_SPREADS)]
+    for move in range(_MOVES):
+        width = spread * (1 + _WIDER * move)
+        plan = best_for({candidate: loss * math.exp(draw.gauss(0, width)) for candidate, loss in corrected.items()})
+        if frozenset(plan) not in known:
+            break
+    return plan
 
 
 def _neighbours(

@@ -87,6 +87,19 @@ def test_where_losses_add_up_the_first_plan_stays():
     assert network.asked[0] == names(best_for(LOSSES))
 
 
+@pytest.mark.parametrize("together", [0.0, 0.1, 0.3, 1.0])
+def test_the_best_of_all_plans_is_found_where_neighbours_alone_end_before_it(together, monkeypatch):
+    sets = [chosen for size in range(1, 9) for chosen in itertools.combinations(NAMES, size)]
+    every = [chosen for chosen in sets if sum(map(SAVED.get, chosen)) >= WANTED]
+    least = min(Network(together)([CANDIDATES[name] for name in chosen]) for chosen in every)
+    tried, network = run(Effort(None, None), Network(together))
+    assert tried[0].distance == pytest.approx(least)
+    assert len(network.asked) < len(every) / 3
+    monkeypatch.setattr(verified, "_moved", lambda best, *_: best)
+    tried, _ = run(Effort(None, None), Network(together))
+    assert (tried[0].distance == pytest.approx(least)) == (together == 0.0)
+
+
 @pytest.mark.parametrize("number", [1, 2, 6])
 def test_a_number_of_networks_is_kept_and_gives_the_same_every_time(number):
     (first, one), (again, other) = (run(Effort(number, None)) for _ in range(2))

@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "depth": {"method": "depth", "search": None},
     "layer": {"method": "layer", "search": None},
 }
-ROWS = ("polish", *METHODS, "channels")
+ROWS = ("refit", "polish", *list(METHODS)[1:], "channels")
 POLISH = "15s"
 RATIOS = [number / 20 for number in range(1, 20)]
 SECONDS = 0.5
@@ -213,29 +213,40 @@ def pruned(model: nn.Module, example: Tensor, ratio: float, multiple: int | None
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
-    """Mean (and standard deviation over seeds) for every network, budget and method, in Markdown."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    """For every network and budget all methods side by side; below it every mean and standard deviation. Markdown."""
+    groups: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for name, record in records.items():
         task, _, method, budget = name.split(", ")
-        groups.setdefault((task, budget, method), []).append(record)
-    order = {row: number for number, row in enumerate(ROWS)}
-    lines = [
+        groups.setdefault((task, float(budget)), {}).setdefault(method, []).append(record)
+    ordered = sorted(groups.items(), key=lambda each: (list(TASKS).index(each[0][0]), -each[0][1]))
+    short = [f"| network, budget | seeds | original | {' | '.join(ROWS)} |", "|---" * (3 + len(ROWS)) + "|"]
+    full = [
         "| network | budget | method | measured | original | not fine-tuned | fine-tuned | seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ordered = sorted(
-        groups.items(), key=lambda each: (list(TASKS).index(each[0][0]), -float(each[0][1]), order[each[0][2]])
-    )
-    for (task, budget, method), found in ordered:
-        unit = TASKS[task].unit
-        done = [record for record in found if "after" in record]
-        if not done:
-            lines.append(f"| {task} | {budget} | {method} | out of reach | | | | {len(found)} |")
-            continue
-        shares = statistics.mean(record["share"] for record in done)
-        cells = [spread([record[name] for record in done], unit) for name in ("original", "before", "after")]
-        lines.append(f"| {task} | {budget} | {method} | {shares:.3f} | {' | '.join(cells)} | {len(done)} |")
-    return "\n".join(lines) + "\n"
+    for (task, budget), methods in ordered:
+        unit, every = TASKS[task].unit, [record for found in methods.values() for record in found]
+        seeds = max(map(len, methods.values()))
+        original = f"{statistics.mean(record['original'] for record in every):.1f} {unit}"
+        cells = [arrow(methods[row]) if row in methods else "" for row in ROWS]
+        short.append(f"| {task}, {budget:g} | {seeds} | {original} | {' | '.join(cells)} |")
+        for method in sorted(methods, key=ROWS.index):
+            done = [record for record in methods[method] if "after" in record]
+            if not done:
+                full.append(f"| {task} | {budget:g} | {method} | out of reach | | | | {len(methods[method])} |")
+                continue
+            share = statistics.mean(record["share"] for record in done)
+            values = [spread([record[name] for record in done], unit) for name in ("original", "before", "after")]
+            full.append(f"| {task} | {budget:g} | {method} | {share:.3f} | {' | '.join(values)} | {len(done)} |")
+    return "\n".join([*short, "", *full]) + "\n"
+
+
+def arrow(records: list[dict[str, Any]]) -> str:
+    """Means before and after fine-tuning."""
+    done = [record for record in records if "after" in record]
+    if not done:
+        return "-"
+    return " → ".join(f"{statistics.mean(record[name] for record in done):.1f}" for name in ("before", "after"))
 
 
 def spread(values: list[float], unit: str) -> str:

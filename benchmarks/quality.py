@@ -216,8 +216,8 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     """For every network and budget all methods side by side; below it every mean and standard deviation. Markdown."""
     groups: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for name, record in records.items():
-        task, _, method, budget = name.split(", ")
-        groups.setdefault((task, float(budget)), {}).setdefault(method, []).append(record)
+        task, _, method, asked = name.split(", ")
+        groups.setdefault((task, float(asked)), {}).setdefault(method, []).append(record)
     ordered = sorted(groups.items(), key=lambda each: (list(TASKS).index(each[0][0]), -each[0][1]))
     short = [f"| network, budget | seeds | original | {' | '.join(ROWS)} |", "|---" * (3 + len(ROWS)) + "|"]
     full = [

@@ -16,7 +16,8 @@ Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on
   re-estimated. Of ratios in steps of 5 %, widths rounded to eights or not, the network with most parameters whose
   measured latency is within the budget: widths that the runtime's vectors do not divide are slower than the original.
 
-Calibration has no labels. Fine-tuning is the same few steps with labels for all, of ``result.model`` or the pruned network.
+Calibration has no labels. Fine-tuning is the same few steps with labels for all, of ``result.model`` or the pruned network; and of
+the original, because so few of them can also do harm.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def main() -> None:
     records: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
     for seed in options.seeds:
         for name in options.tasks:
+            if key(name, seed, "original", 1) not in records:
+                records[key(name, seed, "original", 1)] = finetuned_original(name, seed, options.work)
             for method in options.methods:
                 missing = [b for b in options.budgets if key(name, seed, method, b) not in records]
                 if not missing:
@@ -91,6 +94,14 @@ def main() -> None:
 def key(name: str, seed: int, method: str, budget: float) -> str:
     """Under what a record is kept."""
     return f"{name}, seed {seed}, {method}, {budget:g}"
+
+
+def finetuned_original(name: str, seed: int, work: Path) -> dict[str, Any]:
+    """The record of the original."""
+    task, model = TASKS[name], trained(name, seed, work)
+    before = task.quality(model)
+    finetune(model, task, seed)
+    return {"original": before, "before": before, "after": task.quality(model)}
 
 
 def measure(
@@ -214,10 +225,14 @@ def pruned(model: nn.Module, example: Tensor, ratio: float, multiple: int | None
 
 def table(records: dict[str, dict[str, Any]]) -> str:
     """For every network and budget all methods side by side; below it every mean and standard deviation. Markdown."""
-    groups: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
+    groups: dict[tuple[str, float], dict[str, dict[str, dict[str, Any]]]] = {}
+    originals: dict[tuple[str, str], dict[str, Any]] = {}
     for name, record in records.items():
-        task, _, method, asked = name.split(", ")
-        groups.setdefault((task, float(asked)), {}).setdefault(method, []).append(record)
+        task, seed, method, asked = name.split(", ")
+        if method == "original":
+            originals[task, seed] = record
+        else:
+            groups.setdefault((task, float(asked)), {}).setdefault(method, {})[seed] = record
     ordered = sorted(groups.items(), key=lambda each: (list(TASKS).index(each[0][0]), -each[0][1]))
     short = [f"| network, budget | seeds | original | {' | '.join(ROWS)} |", "|---" * (3 + len(ROWS)) + "|"]
     full = [
@@ -225,13 +240,12 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (task, budget), methods in ordered:
-        unit, every = TASKS[task].unit, [record for found in methods.values() for record in found]
-        seeds = max(map(len, methods.values()))
-        original = f"{statistics.mean(record['original'] for record in every):.1f} {unit}"
-        cells = [arrow(methods[row]) if row in methods else "" for row in ROWS]
-        short.append(f"| {task}, {budget:g} | {seeds} | {original} | {' | '.join(cells)} |")
+        unit, seeds = TASKS[task].unit, {seed for found in methods.values() for seed in found}
+        original = f"{arrow([originals[task, seed] for seed in seeds])} {unit}"
+        cells = [arrow(list(methods[row].values())) if row in methods else "" for row in ROWS]
+        short.append(f"| {task}, {budget:g} | {len(seeds)} | {original} | {' | '.join(cells)} |")
         for method in sorted(methods, key=ROWS.index):
-            done = [record for record in methods[method] if "after" in record]
+            done = [record for record in methods[method].values() if "after" in record]
             if not done:
                 full.append(f"| {task} | {budget:g} | {method} | out of reach | | | | {len(methods[method])} |")
                 continue

@@ -80,14 +80,14 @@ def main() -> None:
         for name in options.tasks:
             if key(name, seed, "original", 1) not in records:
                 records[key(name, seed, "original", 1)] = finetuned_original(name, seed, options.work)
+                write(records, options.results)
             for method in options.methods:
                 missing = [b for b in options.budgets if key(name, seed, method, b) not in records]
                 if not missing:
                     continue
                 for budget, found in measure(name, seed, method, missing, options.work):
                     records |= {key(name, seed, row, budget): record for row, record in found.items()}
-                    options.results.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
-                    options.results.with_suffix(".md").write_text(table(records))
+                    write(records, options.results)
                     print(name, seed, budget, found, flush=True)
 
 
@@ -96,12 +96,18 @@ def key(name: str, seed: int, method: str, budget: float) -> str:
     return f"{name}, seed {seed}, {method}, {budget:g}"
 
 
+def write(records: dict[str, Any], path: Path) -> None:
+    """All that is measured, and its table."""
+    path.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
+    path.with_suffix(".md").write_text(table(records))
+
+
 def finetuned_original(name: str, seed: int, work: Path) -> dict[str, Any]:
     """The record of the original."""
     task, model = TASKS[name], trained(name, seed, work)
     before = task.quality(model)
     finetune(model, task, seed)
-    return {"original": before, "before": before, "after": task.quality(model)}
+    return {"before": before, "after": task.quality(model)}
 
 
 def measure(
@@ -116,20 +122,18 @@ def measure(
         if method == "channels"
         else ours(name, seed, method, model, example, images, work)
     )
-    original = task.quality(model)
     for budget in budgets:
         start = time.perf_counter()
         try:
             networks, share = compress(budget)
         except BudgetError as error:
-            yield budget, {row: {"original": original, "refused": str(error)} for row in rows_of(method)}
+            yield budget, {row: {"refused": str(error)} for row in rows_of(method)}
             continue
         seconds, found = time.perf_counter() - start, {}
         for row, network in networks.items():
             before = task.quality(network)
             finetune(network, task, seed)
             found[row] = {
-                "original": original,
                 "share": share,
                 "before": before,
                 "after": task.quality(network),
@@ -245,12 +249,13 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         cells = [arrow(list(methods[row].values())) if row in methods else "" for row in ROWS]
         short.append(f"| {task}, {budget:g} | {len(seeds)} | {original} | {' | '.join(cells)} |")
         for method in sorted(methods, key=ROWS.index):
-            done = [record for record in methods[method].values() if "after" in record]
+            done = {seed: record for seed, record in methods[method].items() if "after" in record}
             if not done:
                 full.append(f"| {task} | {budget:g} | {method} | out of reach | | | | {len(methods[method])} |")
                 continue
-            share = statistics.mean(record["share"] for record in done)
-            values = [spread([record[name] for record in done], unit) for name in ("original", "before", "after")]
+            share = statistics.mean(record["share"] for record in done.values())
+            values = [spread([originals[task, seed]["before"] for seed in done], unit)]
+            values += [spread([record[name] for record in done.values()], unit) for name in ("before", "after")]
             full.append(f"| {task} | {budget:g} | {method} | {share:.3f} | {' | '.join(values)} | {len(done)} |")
     return "\n".join([*short, "", *full]) + "\n"
 

@@ -6,8 +6,8 @@ beside it, after every part. What is in the file already is not done again.
 1. ResNet-18 at 224x224, calibrated on 512 crops of photographs (every fit takes as many of them as it needs): seconds and peak
    memory of fitting all segments of a plan of half the multiply-accumulates, in a process of its own; and of scoring all candidates
    by the default estimator on 16 crops. Weights are random, with the statistics of the crops: time does not depend on them.
-2. Few rows: every merge of two trained networks (tests/tasks.py) alone, fitted on as many images as give 0.3, 1 and 3 rows per
-   unknown; the squared error at its exit on fresh images, as a share of the variance, of the weights that were
+2. Few rows: up to thirty merges of two trained networks (tests/tasks.py), each alone, fitted on as many images as give 0.3, 1 and
+   3 rows per unknown; the squared error at its exit on fresh images, as a share of the variance, of the weights that were
    installed, of the composed ones, and of a plain ridge regression without held-out images. In how many merges the
    installed weights are worse than the composed ones, and the medians of all three. Photographs are cropped to 8x8: few rows
    are few pixels, and one image of them says little about others. Merges are left out that have more rows in one image.

@@ -263,7 +263,9 @@ def test_the_readme_shows_the_zoo_as_it_was_measured():
     assert f"of {best} the best one does" in readme
 
 
-@pytest.mark.parametrize("name", ["quality", "estimators", "refit"])
-def test_the_readme_shows_tables_as_they_were_measured(name):
-    table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").split("\n\n")[0].strip()
-    assert table in README.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("name", "shown"), [("quality", 1), ("estimators", 1), ("refit", 2)])
+def test_the_readme_shows_tables_as_they_were_measured(name, shown):
+    tables = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").strip().split("\n\n")
+    assert len(tables) >= shown
+    for table in tables[:shown]:
+        assert table in README.read_text(encoding="utf-8")

@@ -5,9 +5,9 @@ that alone reads it; and the outputs. A window is what lies between one of them 
 graph, the convolutions, norms and linear layers of each window are trained by Adam (Kingma and Ba 2015) on the calibration
 inputs, with the values that enter it from the network in front, trained before, to bring those three values near the
 original's: squared error as a share of the variance, or of outputs that are logits the Kullback-Leibler divergence, the mean
-over the three. The learning rate falls along a cosine from 1e-3. Norms keep their statistics. Of a window those weights
-stay that were nearest to the original at the same places on held-out images, and in the end all of it if the outputs are
-nearer.
+over the three. The last window is all that has changed, towards the outputs alone; it gets as much time as all others together. The
+learning rate falls along a cosine from 1e-3. Norms keep their statistics. Of a window those weights stay that were nearest
+to the original at the same places on held-out images, and in the end all of it if the outputs are nearer.
 
 In place. Weights in front of the first change, those used in more than one place, and those outside of the limits do not
 change. Where a value is written in place nothing is done.
@@ -78,7 +78,7 @@ class PolishPass(GraphPass):
     Attributes:
         original: the canonical graph that was relaxed.
         calibration: images to train on, and held-out ones.
-        effort: a time such as "10s", or a number of steps for each window.
+        effort: a time such as "10s", or a number of steps for each window but the last, which takes as many as all others.
         memory: bound on the values of one window, such as "2GiB".
     """
 
@@ -121,7 +121,7 @@ def polish(
         original: the canonical graph.
         gm: a relaxed copy of it with its weights.
         calibration: images.
-        effort: seconds for all windows, or steps for each.
+        effort: seconds for all windows, or steps for each but the last, which takes as many as all others.
         memory: bound on the values that one window remembers, in bytes; images that do not fit are not trained on.
         limits: what may change; None for everything.
         compare: how outputs are compared, see :func:`fxmerge.estimators.of_outputs`.
@@ -131,23 +131,21 @@ def polish(
     if not places or written_in_place(gm) or written_in_place(original):
         return None
     known = remember(original, calibration, memory, compare)
-    windows = [places[start : start + _SPAN] for start in range(max(1, len(places) - _SPAN + 1))]
-    fronts = [None, *places[: len(windows) - 1]]
+    spans, shares = zip(*_windows(places), strict=True)
     with eval_mode(original), eval_mode(gm):
         before = known.distance(original, gm)
         kept = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
         start = time.monotonic()
-        for number, (front, ends) in enumerate(zip(fronts, windows, strict=True)):
+        for number, ((front, ends), share) in enumerate(zip(spans, shares, strict=True)):
             window = _Window.between(gm, front, ends, changed, limits)
             if not window.trained:
                 continue
-            if effort.seconds is None:
-                left = None
-            else:
-                left = (effort.seconds - (time.monotonic() - start)) / (len(windows) - number)
+            left, steps = None, effort.count and share * effort.count
+            if effort.seconds is not None:
+                left = (effort.seconds - (time.monotonic() - start)) * share / sum(shares[number:])
                 if left <= 0:
                     break
-            _train(original, gm, window, known, left, effort.count, memory)
+            _train(original, gm, window, known, left, steps, memory)
         after = known.distance(original, gm)
         if not after < before:
             gm.load_state_dict(kept)
@@ -170,6 +168,15 @@ def _places(original: fx.GraphModule, gm: fx.GraphModule, changed: set[fx.Node])
     output = next(iter(gm.graph.find_nodes(op="output")))
     found.update(node for node in output.all_input_nodes if node in changed and _twin(node, twins) is not None)
     return sorted(found, key=order.__getitem__)
+
+
+def _windows(places: Sequence[fx.Node]) -> list[tuple[tuple[fx.Node | None, list[fx.Node]], int]]:
+    """What is in front of each and the values compared; its share of the time. The last is the whole network."""
+    starts = range(max(1, len(places) - _SPAN + 1))
+    spans = [(places[start - 1] if start else None, list(places[start : start + _SPAN])) for start in starts]
+    whole = None, [place for place in places if any(reader.op == "output" for reader in place.users)]
+    windows = [(span, 1) for span in spans]
+    return windows if whole in spans else [*windows, (whole, len(windows))]
 
 
 def _reader(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:

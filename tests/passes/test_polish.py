@@ -157,6 +157,32 @@ def test_places_are_behind_segments_and_windows_overlap():
     assert {name.split(".")[0] for name in names} == {"2", "3", "4"}
 
 
+def test_the_last_window_is_the_whole_network_and_takes_as_much_as_all_others(monkeypatch):
+    blocks = [nn.Sequential(conv(4, 4), conv(4, 4)) for _ in range(5)]
+    gm = captured(lively(nn.Sequential(conv(3, 4), *blocks, head(4))), images(2, 3, 12, 12))
+    chosen = [next(c for c in candidates(gm) if c.removed == (f"{n}.0.2",) and len(c.kept) == 2) for n in range(1, 6)]
+    found, trained = relaxed(gm, *chosen), []
+
+    def train(*args):
+        window, steps = args[2], args[5]
+        trained.append(([node_id(node) for node in window.ends], len(window.trained), steps))
+
+    monkeypatch.setattr(module, "_train", train)
+    polish(gm, found, calibration(gm, 40), Effort(7, None))
+    ends = [*(f"{n}.1.2" for n in range(1, 6)), "6.2"]
+    assert [(names, steps) for names, _, steps in trained] == [*((ends[k : k + 3], 7) for k in range(4)), (["6.2"], 28)]
+    changed = [p for name, p in found.named_parameters() if not name.startswith("0.")]
+    assert [count for _, count, _ in trained][-1] == len(changed)
+
+
+def test_one_place_is_one_window():
+    gm, chosen = chain()
+    found = relaxed(gm, chosen)
+    places = module._places(gm, found, changed_nodes(gm, found))
+    assert module._windows(places[-1:]) == [((None, places[-1:]), 1)]
+    assert module._windows(places) == [((None, places), 1), ((None, places[-1:]), 1)]
+
+
 def test_segments_that_were_fitted_are_places_like_those_that_were_not():
     """A fitted convolution has a batch norm behind it that the original does not have."""
     blocks = [nn.Sequential(conv(4, 4), conv(4, 4, act=False)) for _ in range(3)]

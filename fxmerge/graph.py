@@ -160,10 +160,18 @@ def shared_targets(gm: fx.GraphModule) -> frozenset[str]:
 
 
 class CanonicalGraph(fx.GraphModule):
-    """A ``GraphModule`` that ``copy.deepcopy`` copies as :func:`clone` does."""
+    """A ``GraphModule`` that ``copy.deepcopy`` copies as :func:`clone` does, and that pickles as :mod:`fxmerge.serialize` saves.
+
+    What torch pickles of an exported graph cannot be read again, and lacks what fxmerge writes on nodes.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         return _deep_copy(self, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from .serialize import graph_from_json, graph_to_json, state_tensors  # it reads this module
+
+        return graph_from_json, (graph_to_json(self), state_tensors(self)[0])
 
 
 def changed_nodes(original: fx.GraphModule, relaxed: fx.GraphModule) -> set[fx.Node]:

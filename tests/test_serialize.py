@@ -435,6 +435,24 @@ def test_fresh_process(tmp_path: Path) -> None:
         assert torch.equal(found[name], value), name
 
 
+def test_a_model_and_its_result_pickle_whole(tmp_path: Path) -> None:
+    """``torch.save(model)``, as many do, and what spawns processes: read in one that knows nothing of the network."""
+    x = images()
+    result = fxmerge.compress(nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))), x, 0.7, runtime="macs")
+    torch.save(result, tmp_path / "result.pt")
+    torch.save(result.model, tmp_path / "model.pt")
+    torch.save((x, result.model(x), result.merge()(x)), tmp_path / "values.pt")
+    program = """
+        import sys, torch
+        from fxmerge.result import merge_graph
+        result, model = (torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=False) for name in ("result", "model"))
+        x, trainable, merged = torch.load(f"{sys.argv[1]}/values.pt")
+        assert torch.equal(model(x), trainable) and torch.equal(result.model(x), trainable)
+        assert torch.equal(result.merge()(x), merged) and torch.equal(merge_graph(model)(x), merged)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], check=True)  # noqa: S603 - the program above
+
+
 def test_symbolic_sizes(tmp_path: Path) -> None:
     class Sizes(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,8 @@ class Limits:
         exclude: paths of submodules inside of which nothing changes.
         exit_activation: whether a merge whose exit has no activation may also get one (Kim et al. 2023 do so for
             MobileNetV2).
+        norms_go: whether a merge may also do without any of the norms over each sample that were in it: where merged
+            convolutions are fitted to what the original gives, norms and all.
 
     Raises:
         UserError: an unknown method, or a bound below 1.
@@ -47,6 +49,7 @@ class Limits:
     exit_activation: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    norms_go: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

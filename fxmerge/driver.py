@@ -724,6 +724,7 @@ def frontier(
     """
     seconds: dict[str, float] = {}
     chosen = get_runtime(runtime)
+    fit = resolve_fit(fit, calibrated=calibration is not None)
     limits = Limits(
         method,
         max_span,
@@ -731,8 +732,8 @@ def frontier(
         exit_activation,
         submodules(model, "include", include),
         submodules(model, "exclude", exclude),
+        norms_go=fit == "refit",
     )
-    fit = resolve_fit(fit, calibrated=calibration is not None)
     effort, polishing = parse_effort(search, "search", "networks"), parse_effort(polish, "polish", "steps")
     for name, given in (("polish", polish is not None), ("refit_kept", refit_kept), ("distance", distance is not None)):
         if given and calibration is None:

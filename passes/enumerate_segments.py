@@ -7,7 +7,8 @@ A segment is an interval of consecutive children of a Series of the region tree.
    from a table of reachable geometries: children of a Series combine by ``then``, branches of a join by
    ``add_geometries`` or ``concat_geometries``, so subsets are never listed. Of a product one factor goes, with all that
    it is computed by: a squeeze-excite gate. Norms over each sample go too; the last one
-   with as many channels as the merged convolution writes returns behind it.
+   with as many channels as the merged convolution writes returns behind it. With ``norms_go`` there is a second
+   candidate, without it.
 2. **bypass**: the shortest intervals whose entry and exit have the same shape become the identity. Longer ones are made
    of these.
 3. **drop**: a branch of a sum or of a gate goes, and the join with it when one is left.
@@ -435,33 +436,42 @@ class _Search:
         for geometry, way in ways.items():
             if not way.kept or len(way.kept) + len(way.bypassed) + way.fused < 2:
                 continue
-            fitting = [name for name in way.norms if shape_of(self.nodes[name])[1] == geometry.out_channels]
-            point = math.prod(shape_of(exit_)[2:]) == 1
-            if way.norms and (point or not fitting):
-                reason = (
-                    f"a norm behind {node_id(exit_)!r} would see a single pixel"
-                    if point
-                    else f"no norm of the segment up to {node_id(exit_)!r} has {geometry.out_channels} channels"
-                )
-                for name in dict.fromkeys((way.kept[0], way.kept[-1])):
-                    self._refuse("norm", name, way.norms[-1], reason)
-                continue
-            norm = fitting[-1] if fitting else None
-            candidate = Candidate(
-                "merge",
-                node_id(entry),
-                node_id(exit_),
-                way.kept,
-                way.bypassed,
-                way.lost + way.removed,
-                way.cuts,
-                geometry,
-                norm,
-            )
-            yield candidate
             activation = self._last_activation(way)
-            if self.limits.exit_activation and activation is not None and not self._activated(exit_):
-                yield replace(candidate, activation=activation)
+            for norm in self._norms_behind(exit_, way, geometry):
+                candidate = Candidate(
+                    "merge",
+                    node_id(entry),
+                    node_id(exit_),
+                    way.kept,
+                    way.bypassed,
+                    way.lost + way.removed,
+                    way.cuts,
+                    geometry,
+                    norm,
+                )
+                yield candidate
+                if self.limits.exit_activation and activation is not None and not self._activated(exit_):
+                    yield replace(candidate, activation=activation)
+
+    def _norms_behind(self, exit_: fx.Node, way: _Way, geometry: Geometry) -> list[str | None]:
+        """What may return behind a merge: the last norm that fits, None for nothing; empty where a norm has to and none does."""
+        if not way.norms:
+            return [None]
+        fitting = [name for name in way.norms if shape_of(self.nodes[name])[1] == geometry.out_channels]
+        point = math.prod(shape_of(exit_)[2:]) == 1
+        found: list[str | None] = [] if point else [*fitting[-1:]]
+        if self.limits.norms_go:
+            found.append(None)
+        if not found:
+            reason = (
+                f"a norm behind {node_id(exit_)!r} would see a single pixel"
+                if point
+                else f"no norm of the segment up to {node_id(exit_)!r} has {geometry.out_channels} channels"
+            )
+            reason += "; a fit on calibration images would do without"
+            for name in dict.fromkeys((way.kept[0], way.kept[-1])):
+                self._refuse("norm", name, way.norms[-1], reason)
+        return found
 
     def _last_activation(self, way: _Way) -> str | None:
         modules = (module_of(self.gm, self.nodes[name]) for name in reversed(way.removed) if name not in way.norms)

@@ -6,7 +6,7 @@ This is the lossy rewrite. For each candidate:
    convolutions and average pools lose their padding, and one zero padding by the segment's L and R stands at the entry.
    Where branches of different reach join, the shorter ones crop their input by L_join - L_branch, an identity skip too.
    What is left is exactly one convolution, which :mod:`fxmerge.passes.fold` computes. Norms over each sample go; one of
-   them stands behind the segment instead. An activation may be inserted behind that.
+   them may stand behind the segment instead. An activation may be inserted behind that.
 2. **bypass**: readers of the exit read the entry.
 3. **drop**: a join of two loses one operand; its readers read the other.
 

@@ -185,9 +185,24 @@ def test_the_segment_behind_a_returned_norm_merges_too():
 
 
 def test_a_norm_of_other_channels_has_nowhere_to_return():
-    enumeration = enumerate_segments(captured(lively(normed(nn.GroupNorm(2, 6), width=6)), images(2, 3, 8, 9)))
+    gm = captured(lively(normed(nn.GroupNorm(2, 6), width=6)), images(2, 3, 8, 9))
+    enumeration = enumerate_segments(gm)
     assert not [site for site in enumeration.sites if site.candidate.kept == ("0", "3")]
     assert ("norm", "0", "1") in {(each.code, each.convolution, each.node) for each in enumeration.refusals}
+    enumeration = enumerate_segments(gm, Limits(norms_go=True))
+    (merge,) = {site.candidate for site in enumeration.sites if site.candidate.kept == ("0", "3")}
+    assert (merge.norm, merge.removed) == (None, ("1", "2"))
+    assert "norm" not in {each.code for each in enumeration.refusals}
+
+
+def test_a_merge_may_do_without_the_norm():
+    net, x = lively(normed(nn.GroupNorm(2, 4))), images(2, 3, 8, 9)
+    gm = captured(net, x)
+    merges = [c for c in candidates(gm, norms_go=True) if c.kept == ("0", "3")]
+    assert [(c.norm, c.removed) for c in merges] == [("1", ("1", "2")), (None, ("1", "2"))]
+    result, merged = check_exact(gm, merges[1], x)
+    for graph in (result, merged):
+        assert not [module for module in graph.modules() if isinstance(module, nn.GroupNorm)]
 
 
 @pytest.mark.parametrize(("size", "refused"), [(5, True), (6, False)], ids=["one pixel", "two pixels"])

@@ -43,7 +43,7 @@ from fxmerge.linear import conv_geometry
 from fxmerge.passes import RefitPass, RefitResult, RelaxPass
 from fxmerge.passes.enumerate_segments import enumerate_segments
 from fxmerge.passes.fold import fold_segments
-from fxmerge.regression import Regression
+from fxmerge.regression import Regression, Wanted
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -194,7 +194,7 @@ def compare(gm: fx.GraphModule, candidate: Candidate, images: Tensor, fresh: Ten
             return [(evaluate(gm, source, {image: x}), [evaluate(gm, wanted, {image: x})])]
 
     held_out = max(1, count // 5)
-    prior = (geometry, 0, module.weight.detach(), _bias(module))
+    prior = Wanted(geometry, 0, module.weight.detach(), _bias(module))
     fit, checked = pairs(images[held_out:count]), pairs(images[:held_out])
     installed = Regression(geometry, fit, checked).fit([prior])[0]
     judge = Regression(geometry, fit, pairs(fresh))
@@ -204,7 +204,7 @@ def compare(gm: fx.GraphModule, candidate: Candidate, images: Tensor, fresh: Ten
     _, _, weight, bias = next(iter(judge._system.solutions([0], [zero], columns)))
     return Errors(
         judge.error(*regression._as_columns(geometry, installed.weight, installed.bias), 0, columns),
-        judge.error(*regression._as_columns(geometry, prior[2], prior[3]), 0, columns),
+        judge.error(*regression._as_columns(geometry, prior.weight, prior.bias), 0, columns),
         judge.error(weight, bias, 0, columns),
         count,
     )

@@ -12,6 +12,9 @@ Rows are drawn at random, fifteen for an unknown at most, from no more images th
 output pixels, but 64: what many images are needed for is a late layer of few pixels. A ridge draws towards zero and towards
 prior weights; images that no system has seen choose between strengths, and between all of these and the prior weights
 as they are.
+
+Where something is added to the convolution's output that is linear in a side input, one value for all pixels of an image (a time
+embedding), its matrix is fitted together with the convolution: side inputs are more columns of the patches.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -46,18 +49,36 @@ _CHUNK = 2**26
 _STEPS, _PATIENCE = 60, 5
 """Most steps of conjugate gradients, and how many of them may pass without less error on the held-out images."""
 
-Wanted: TypeAlias = tuple[Geometry, int, Tensor, Tensor]
-"""A convolution to fit: geometry, number of its target, prior weights as torch shapes them, prior biases."""
+Inputs: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""What a convolution reads, (N, C, *size), or that and its side inputs, (N, S)."""
+
+
+class Wanted(NamedTuple):
+    """A convolution to fit.
+
+    Attributes:
+        geometry: of it.
+        number: of its target.
+        weight: prior weights, as torch shapes them.
+        bias: prior biases.
+        side: prior matrix (out_channels, S) of the side inputs, if there are any.
+    """
+
+    geometry: Geometry
+    number: int
+    weight: Tensor
+    bias: Tensor
+    side: Tensor | None = None
 
 
 class Pairs(Protocol):
-    """Batches that can be read again: input (N, C, *size), and for every target (N, out_channels, *out_size)."""
+    """Batches that can be read again: inputs, and for every target (N, out_channels, *out_size)."""
 
     def __len__(self) -> int:
         """How many batches."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[Inputs, Sequence[Tensor]]]:
         """The batches, in the same order every time."""
         ...
 
@@ -75,6 +96,7 @@ class Fit:
         prior_error: of the prior weights.
         rows_per_unknown: output pixels that were fitted for each weight of an output channel.
         strength: of the ridge; None where the prior weights are better.
+        side: float64 (out_channels, S), of the side inputs if there are any.
     """
 
     weight: Tensor
@@ -83,6 +105,7 @@ class Fit:
     prior_error: float
     rows_per_unknown: float
     strength: float | None
+    side: Tensor | None = None
 
 
 def window_of(geometries: Sequence[Geometry]) -> Geometry | None:
@@ -129,8 +152,9 @@ class Regression:
     def __init__(self, window: Geometry, fitted: Pairs, held_out: Pairs, memory: int = 2**31) -> None:
         self.window = window
         self.memory = memory
-        self.unknowns = math.prod(window.weight_shape[1:])
         self._held_out = list(_rows(window, held_out, _HELD_OUT_ROWS))
+        self.patch = math.prod(window.weight_shape[1:])
+        self.unknowns = self._held_out[0][0].shape[2]  # those of a patch, and of side inputs
         self._spread = [
             max(float((t - t.mean(1, keepdim=True)).square().sum()), 1e-15 * float(t.square().sum()), 1e-30)
             for t in (torch.cat([targets[i].double() for _, targets in self._held_out], 1) for i in self._numbers())
@@ -154,20 +178,22 @@ class Regression:
 
     def fit(self, wanted: Sequence[Wanted]) -> list[Fit]:
         """Fit convolutions of one kernel inside the window, each to its target; see the module docstring."""
-        columns = _columns(self.window, wanted[0][0])
+        first = wanted[0].geometry
+        columns = torch.cat([_columns(self.window, first), torch.arange(self.patch, self.unknowns)])
         ratio = self._system.rows / (len(columns) + 1)
-        numbers = [number for _, number, _, _ in wanted]
+        numbers = [each.number for each in wanted]
         with torch.no_grad():
-            priors = [_as_columns(geometry, weight, bias) for geometry, _, weight, bias in wanted]
+            priors = [_as_columns(each.geometry, each.weight, each.bias, each.side) for each in wanted]
             best: list[Fit] = []
-            for (_, number, weight, bias), prior in zip(wanted, priors, strict=True):
-                error = self.error(*prior, number, columns)
-                best.append(Fit(weight.double(), bias.double(), error, error, ratio, None))
+            for each, prior in zip(wanted, priors, strict=True):
+                error = self.error(*prior, each.number, columns)
+                side = None if each.side is None else each.side.double()
+                best.append(Fit(each.weight.double(), each.bias.double(), error, error, ratio, None, side))
             for strength, place, weight, bias in self._system.solutions(numbers, [w for w, _ in priors], columns):
                 error = self.error(weight, bias, numbers[place], columns)
                 if error < best[place].error:
-                    found = _as_torch(wanted[place][0], weight, bias)
-                    best[place] = replace(best[place], weight=found[0], bias=found[1], error=error, strength=strength)
+                    found = _as_torch(wanted[place].geometry, weight, bias)
+                    best[place] = Fit(*found[:2], error, best[place].prior_error, ratio, strength, found[2])
         return best
 
     def error(self, weight: Tensor, bias: Tensor, number: int, columns: Tensor) -> float:
@@ -365,8 +391,8 @@ class _Stored:
 
     def expected(self) -> int:
         """About how many there are, from the first batch."""
-        x, _ = next(iter(self.pairs))
-        return min(self.most, len(self.pairs) * _pixels(self.window, x))
+        inputs, _ = next(iter(self.pairs))
+        return min(self.most, len(self.pairs) * _pixels(self.window, _split(inputs)[0]))
 
     def keep(self) -> None:
         """Hold them in memory."""
@@ -383,13 +409,14 @@ def _rows(window: Geometry, pairs: Pairs, most: int) -> Iterator[tuple[Tensor, l
     """
     generator = torch.Generator().manual_seed(0)
     batches = len(pairs)
-    for number, (x, targets) in enumerate(pairs):
+    for number, (inputs, targets) in enumerate(pairs):
+        x, side = _split(inputs)
         if number == 0:
             needed = max(-(-ENOUGH_IMAGES // len(x)), -(-_ENOUGH_PIXELS * most // _pixels(window, x)))
             batches = min(needed, batches)
             share = -(-most // batches)
         if x.device.type == "mps":  # which has no float64
-            x, targets = x.cpu(), [target.cpu() for target in targets]
+            x, side, targets = x.cpu(), side.cpu(), [target.cpu() for target in targets]
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
         total = _pixels(window, x)
         drawn = torch.arange(total)
@@ -397,9 +424,18 @@ def _rows(window: Geometry, pairs: Pairs, most: int) -> Iterator[tuple[Tensor, l
             drawn = torch.randperm(total, generator=generator)[:share].sort().values
         step = max(1, _CHUNK // (dtype.itemsize * window.in_channels * math.prod(window.kernel)))
         for chosen in torch.split(drawn.to(x.device), step):
-            yield patches(x.to(dtype), window, chosen), [_grouped(t, window.groups, chosen).to(dtype) for t in targets]
+            rows = patches(x.to(dtype), window, chosen)
+            if side.shape[1]:
+                beside = side[chosen // (total // len(x))].to(dtype)
+                rows = torch.cat([rows, beside.expand(window.groups, -1, -1)], 2)
+            yield rows, [_grouped(t, window.groups, chosen).to(dtype) for t in targets]
         if number + 1 == batches:
             return  # before the next one is computed
+
+
+def _split(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """What is convolved, and side inputs (N, S); S is 0 where there are none."""
+    return inputs if isinstance(inputs, tuple) else (inputs, inputs.new_zeros(len(inputs), 0))
 
 
 def _pixels(window: Geometry, x: Tensor) -> int:
@@ -447,11 +483,17 @@ def _columns(window: Geometry, geometry: Geometry) -> Tensor:
     return taps.flatten()
 
 
-def _as_columns(geometry: Geometry, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (groups, unknowns, outputs) and biases (groups, outputs), float64."""
+def _as_columns(geometry: Geometry, weight: Tensor, bias: Tensor, side: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weights (groups, unknowns, outputs), those of side inputs last, and biases (groups, outputs), float64."""
     shape = geometry.groups, geometry.out_channels // geometry.groups
-    return weight.double().reshape(*shape, -1).transpose(1, 2), bias.double().reshape(shape)
+    parts = [weight] if side is None else [weight, side]
+    columns = torch.cat([part.double().reshape(*shape, -1) for part in parts], 2)
+    return columns.transpose(1, 2), bias.double().reshape(shape)
 
 
-def _as_torch(geometry: Geometry, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.transpose(1, 2).reshape(geometry.weight_shape).contiguous(), bias.flatten()
+def _as_torch(geometry: Geometry, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of :func:`_as_columns`."""
+    taps = math.prod(geometry.weight_shape[1:])
+    found = weight.transpose(1, 2)
+    side = found[..., taps:].flatten(0, 1).contiguous() if weight.shape[1] > taps else None
+    return found[..., :taps].reshape(geometry.weight_shape).contiguous(), bias.flatten(), side

@@ -12,8 +12,8 @@ of these is then fitted (:mod:`fxmerge.regression`):
 
 On request convolutions that are kept, but read what has changed, are fitted between them to what they gave in the
 original, and then always the last linear layer, where its output is the network's: their old weights are in place of
-composed ones. A segment keeps its composed weights where a norm returned behind it, an activation was put behind it, a side
-input passes through it, or its moments would not fit into ``memory``.
+composed ones. The matrices of side inputs that pass through a segment are fitted together with its convolution. A segment keeps its
+composed weights where a norm returned behind it or an activation was put behind it.
 
 Works in place on a relaxed graph of the original; needs the ids of a canonical graph, and leaves them. A graph without
 merged segments is left as it is.
@@ -56,7 +56,7 @@ from fxmerge.linear import conv_geometry
 from fxmerge.passes._base import GraphPass
 from fxmerge.passes.fold import fold_segments
 from fxmerge.passes.relax import RelaxPass
-from fxmerge.regression import ENOUGH_IMAGES, Fit, Regression, window_of
+from fxmerge.regression import ENOUGH_IMAGES, Fit, Inputs, Regression, Wanted, window_of
 from fxmerge.surgery import insert_behind
 
 _RECENT = 2
@@ -163,8 +163,8 @@ def refit_alone(
 ) -> dict[Candidate, fx.GraphModule]:
     """For each candidate the network with it alone, folded and fitted; none for those that cannot be fitted.
 
-    Merges with one entry are fitted together: their patches are gathered once. Parameters of what stays are the original's;
-    modules are in eval mode. Other arguments as of :func:`refit`.
+    Merges with one entry are fitted together: their patches are gathered once; those that side inputs pass through are left out.
+    Parameters of what stays are the original's; modules are in eval mode. Other arguments as of :func:`refit`.
     """
     targets = by_id(original)
     room = 0 if written_in_place(original) else memory // (4 * _RECENT * max(1, len(fit) + len(held_out)))
@@ -181,7 +181,11 @@ def refit_alone(
         exits = {segment["exit"] for segment in graph_meta(network)["segments"]}
         fold_segments(network, check=False)
         node = next(node for node in network.graph.nodes if node.meta.get(META, {}).get("exit") in exits)
-        if why_not(node, candidate, targets) or node_id(node.all_input_nodes[0]) != candidate.entry:
+        if (
+            why_not(candidate, targets)
+            or node.meta[META].get("sides")
+            or node_id(node.all_input_nodes[0]) != candidate.entry
+        ):
             continue
         module = module_of(network, node)
         assert isinstance(module, CONVOLUTIONS)  # noqa: S101 - fold made it
@@ -230,7 +234,7 @@ def _fit_together(
     for each in group:
         kernels.setdefault(replace(each.geometry, out_channels=each.geometry.groups), []).append(each)
     for same in kernels.values():
-        asked = [(e.geometry, exits.index(e.candidate.exit), e.module.weight, _bias(e.module)) for e in same]
+        asked = [Wanted(e.geometry, exits.index(e.candidate.exit), e.module.weight, _bias(e.module)) for e in same]
         for each, fit in zip(same, regression.fit(asked), strict=True):
             put(fit, each.module)
 
@@ -271,17 +275,23 @@ class _Pairs:
     source: fx.Node
     wanted: tuple[fx.Node, ...]
     other: fx.Node | None = None
+    sides: tuple[fx.Node, ...] = ()
     shaped: Callable[[Tensor], Tensor] = lambda value: value
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[Inputs, list[Tensor]]]:
         for values, originals in self.batches:
             x, targets = values(self.source), [originals(node) for node in self.wanted]
             if self.other is not None:
                 targets = [target - values(self.other) for target in targets]
-            yield self.shaped(x), [self.shaped(target) for target in targets]
+            shaped = self.shaped(x), [self.shaped(target) for target in targets]
+            if self.sides:
+                sides = torch.cat([values(node).flatten(1).expand(len(x), -1) for node in self.sides], 1)
+                yield (shaped[0], sides), shaped[1]
+            else:
+                yield shaped
 
 
 _Key: TypeAlias = tuple[frozenset[Candidate], Candidate, str]
@@ -344,19 +354,24 @@ class _Refit:
         """Fit one merged convolution, where that can be done."""
         module = module_of(self.gm, node)
         assert isinstance(module, CONVOLUTIONS)  # noqa: S101 - fold made it
-        reason = why_not(node, candidate, self.targets)
+        reason = why_not(candidate, self.targets)
         if reason:
             return Refitted(node_id(node), reason=reason)
-        total, other = self._joined(node, waiting)
+        sides = _sides(self.gm, node)
+        total, other = self._joined(sides[-1].total if sides else node, waiting)
         wanted = self.targets[candidate.exit if total is None else node_id(total)]
         before = frozenset(c for c in self.reuse.plan if self.order[c.entry] < self.order[node_id(wanted)])
         key = before, candidate, node_id(wanted)
         fit = self.reuse.fits.get(key)
         if fit is None:
-            geometry, source = conv_geometry(module), node.all_input_nodes[0]
-            fit = self._solve(geometry, source, wanted, module.weight, _bias(module), other)
+            matrices = torch.cat([side.layer.weight for side in sides], 1) if sides else None
+            prior = Wanted(conv_geometry(module), 0, module.weight, _bias(module), matrices)
+            fit = self._solve(prior, node.all_input_nodes[0], wanted, other, tuple(side.value for side in sides))
             self.reuse.keep(key, fit)
         put(fit, module)
+        if fit.side is not None:
+            for side, matrix in zip(sides, fit.side.split([s.layer.in_features for s in sides], 1), strict=True):
+                side.layer.weight.copy_(matrix)
         if self.norms:
             self._normalise(node, module)
         return _outcome(node_id(node), fit)
@@ -365,8 +380,8 @@ class _Refit:
         """Fit a convolution that is kept to what it gave in the original; its old weights are what a ridge may draw to."""
         module = module_of(self.gm, node)
         assert isinstance(module, CONVOLUTIONS)  # noqa: S101 - how it was chosen
-        geometry, wanted = conv_geometry(module), self.targets[node_id(node)]
-        fit = self._solve(geometry, node.all_input_nodes[0], wanted, module.weight, _bias(module))
+        prior = Wanted(conv_geometry(module), 0, module.weight, _bias(module))
+        fit = self._solve(prior, node.all_input_nodes[0], self.targets[node_id(node)])
         if module.bias is None and fit.strength is not None:
             trains = module.weight.requires_grad
             module.bias = nn.Parameter(torch.zeros_like(module.weight[:, 0].flatten(1)[:, 0]), requires_grad=trains)
@@ -391,16 +406,17 @@ class _Refit:
 
     def _solve(
         self,
-        geometry: Geometry,
+        prior: Wanted,
         source: fx.Node,
         wanted: fx.Node,
-        weight: Tensor,
-        bias: Tensor,
         other: fx.Node | None = None,
+        sides: tuple[fx.Node, ...] = (),
         shaped: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> Fit:
-        fitted, held_out = (_Pairs(part, source, (wanted,), other, shaped) for part in (self.fitted, self.held_out))
-        return Regression(geometry, fitted, held_out, self.memory).fit([(geometry, 0, weight, bias)])[0]
+        fitted, held_out = (
+            _Pairs(part, source, (wanted,), other, sides, shaped) for part in (self.fitted, self.held_out)
+        )
+        return Regression(prior.geometry, fitted, held_out, self.memory).fit([prior])[0]
 
     def _normalise(self, node: fx.Node, module: Any) -> None:
         """Put a batch norm behind a convolution whose running statistics are what it scales and shifts back."""
@@ -436,8 +452,8 @@ class _Refit:
         if len(shape_of(source)) != 2 or str(node.target) in shared_targets(self.gm):
             return None
         pointwise = Geometry.pointwise(module.in_features, module.out_features, 1)
-        weight, wanted = module.weight[..., None], self.targets[node_id(node)]
-        fit = self._solve(pointwise, source, wanted, weight, _bias(module), shaped=lambda value: value[..., None])
+        prior = Wanted(pointwise, 0, module.weight[..., None], _bias(module))
+        fit = self._solve(prior, source, self.targets[node_id(node)], shaped=lambda value: value[..., None])
         module.weight.copy_(fit.weight[..., 0].to(module.weight.dtype))
         if module.bias is not None:
             module.bias.copy_(fit.bias.to(module.bias.dtype))
@@ -464,11 +480,33 @@ def _with_kept(
     return [node for node in gm.graph.nodes if node in merged or fits(node)]
 
 
-def why_not(node: fx.Node, candidate: Candidate, targets: Mapping[str, fx.Node]) -> str:
-    """Why a merged convolution cannot be fitted; empty where it can.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Side:
+    """A side input behind a merged convolution: its value, its matrix, and the sum that it goes into."""
+
+    value: fx.Node
+    layer: nn.Linear
+    total: fx.Node
+
+
+def _sides(gm: fx.GraphModule, node: fx.Node) -> list[_Side]:
+    """What :func:`fxmerge.surgery.insert_side` put behind a convolution, in the order of the graph."""
+    found = []
+    for _ in node.meta[META].get("sides", ()):
+        (total,) = node.users
+        mapped = next(source for source in total.all_input_nodes if source is not node)
+        while not isinstance(layer := module_of(gm, mapped), nn.Linear):
+            (mapped,) = mapped.all_input_nodes
+        (flat,) = mapped.all_input_nodes
+        found.append(_Side(flat.all_input_nodes[0], layer, total))
+        node = total
+    return found
+
+
+def why_not(candidate: Candidate, targets: Mapping[str, fx.Node]) -> str:
+    """Why the merged convolution of a candidate cannot be fitted; empty where it can.
 
     Args:
-        node: the convolution.
         candidate: what it is left of.
         targets: the nodes of the original by id.
     """
@@ -476,8 +514,6 @@ def why_not(node: fx.Node, candidate: Candidate, targets: Mapping[str, fx.Node])
         return f"the norm {candidate.norm!r} stands behind it"
     if candidate.activation is not None:
         return "an activation was put behind it"
-    if node.meta[META].get("sides"):
-        return "a side input passes through it"
     if candidate.exit not in targets:
         return f"the original has no value {candidate.exit!r}"
     return ""

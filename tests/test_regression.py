@@ -13,7 +13,7 @@ from torch import nn
 
 from fxmerge import regression
 from fxmerge.algebra import ConvMap, Geometry
-from fxmerge.regression import FEW_ROWS, STRENGTHS, Regression, patches, window_of
+from fxmerge.regression import FEW_ROWS, STRENGTHS, Regression, Wanted, patches, window_of
 
 GEOMETRIES = {
     "1d": (Geometry(3, 4, (5,), (1,), (1,), (2,), (2,), 1), (20,)),
@@ -48,7 +48,7 @@ def fit(geometry, fitted, held_out, weight=None, bias=None, memory=2**31):
     weight = torch.zeros(geometry.weight_shape, dtype=torch.float64) if weight is None else weight
     bias = torch.zeros(geometry.out_channels, dtype=torch.float64) if bias is None else bias
     found = Regression(geometry, [(fitted[0], [fitted[1]])], [(held_out[0], [held_out[1]])], memory)
-    return found.fit([(geometry, 0, weight, bias)])[0]
+    return found.fit([Wanted(geometry, 0, weight, bias)])[0]
 
 
 def error_of(convolution, x, target):
@@ -164,7 +164,7 @@ def test_kernels_that_share_a_window_are_fitted_as_if_alone(monkeypatch):
     both = Regression(window_of([small, large]), [(x, targets(x, 5))], [(held_out, targets(held_out, 8))])
     for number, geometry in enumerate((small, large)):
         nothing = torch.zeros(geometry.weight_shape), torch.zeros(geometry.out_channels)
-        found = both.fit([(geometry, number, *nothing)])[0]
+        found = both.fit([Wanted(geometry, number, *nothing)])[0]
         alone = fit(geometry, (x, targets(x, 5)[number]), (held_out, targets(held_out, 8)[number]))
         torch.testing.assert_close(found.weight, alone.weight, rtol=0, atol=1e-10)
         assert found.error == pytest.approx(alone.error, rel=1e-10)
@@ -188,6 +188,32 @@ def test_the_true_convolution_is_found_again(name, system, monkeypatch):
     assert found.prior_error > 0.9  # zeros are no better than the mean
     wrong = fit(truth.geometry, (x, y), made(name, 8, seed=10)[1:])
     assert wrong.error > 0.1 or wrong.strength is None  # another convolution's targets to choose by
+
+
+@each_geometry
+def test_what_a_side_input_adds_is_found_again_with_the_convolution(name, system, monkeypatch):
+    monkeypatch.setattr(regression, "STRENGTHS", (1e-13,))
+    truth, x, y = made(name, 40)
+    matrix, channels = draw(truth.geometry.out_channels, 3, seed=9), (..., *[None] * (x.ndim - 2))
+    fresh = made(name, 8, seed=10)[1]
+
+    def pair(images, convolved, seed):
+        """Side inputs that go with the brightness of an image: each alone would be taken for the other."""
+        side = images.flatten(1).mean(1, keepdim=True) + 0.1 * draw(len(images), 3, seed=seed)
+        return (images, side), [convolved + (side @ matrix.T)[channels]]
+
+    found = Regression(truth.geometry, [pair(x, y, 11)], [pair(fresh, truth.apply(fresh), 12)])
+    nothing = torch.zeros_like(truth.weight), torch.zeros_like(truth.bias), torch.zeros_like(matrix)
+    fitted = found.fit([Wanted(truth.geometry, 0, *nothing)])[0]
+    exact = 1e-9 if system == "_Normal" else 1e-4
+    torch.testing.assert_close(fitted.weight, truth.weight, rtol=0, atol=exact)
+    torch.testing.assert_close(fitted.side, matrix, rtol=0, atol=exact)
+    kept = found.fit([Wanted(truth.geometry, 0, truth.weight, truth.bias, matrix)])[0]
+    assert kept.prior_error < 1e-25
+    monkeypatch.setattr(regression, "STRENGTHS", (1e3,))
+    kept = found.fit([Wanted(truth.geometry, 0, truth.weight, truth.bias, matrix)])[0]
+    assert kept.strength is None
+    assert torch.equal(kept.side, matrix)
 
 
 @each_geometry
@@ -268,7 +294,7 @@ def test_fifteen_rows_for_an_unknown_are_drawn_from_all_batches_and_the_same_eve
         assert torch.equal(target[0][:5], as_rows(truth.apply(images), 1)[0][places])
     found = Regression(truth.geometry, batches, batches[:1])
     assert found._system.rows == 408
-    assert found.fit([(truth.geometry, 0, truth.weight, truth.bias)])[0].rows_per_unknown == 408 / 28
+    assert found.fit([Wanted(truth.geometry, 0, truth.weight, truth.bias)])[0].rows_per_unknown == 408 / 28
 
 
 @each_geometry
@@ -297,7 +323,7 @@ def test_memory_and_rows_say_which_system_is_solved():
     few = x[:1], [y[:1]]  # 64 rows, which take less memory than P'P
     kept, gathered = (Regression(truth.geometry, [few], [few], 64 * 4 * 27 - less) for less in (0, 1))
     assert (kept._system.source.kept is None, gathered._system.source.kept is None) == (False, True)
-    asked = truth.geometry, 0, torch.zeros_like(truth.weight), truth.bias
+    asked = Wanted(truth.geometry, 0, torch.zeros_like(truth.weight), truth.bias)
     assert torch.equal(kept.fit([asked])[0].weight, gathered.fit([asked])[0].weight)
 
 

@@ -33,15 +33,15 @@ from torch import nn
 import fxmerge
 from fxmerge import regression
 from fxmerge.calibration import Calibration, read_calibration
-from fxmerge.checks import outputs_of
+from fxmerge.checks import outputs_of, relative_error
 from fxmerge.estimators import distance
 from fxmerge.graph import by_id, clone, convolutions, graph_meta, module_of, node_id
 from fxmerge.linear import conv_geometry
 from fxmerge.passes import RefitPass, RelaxPass
 from fxmerge.passes import refit as module
 from fxmerge.passes.fold import fold_segments
-from fxmerge.passes.refit import known_inputs, refit, refit_alone
-from fxmerge.regression import Regression
+from fxmerge.passes.refit import Reuse, known_inputs, refit, refit_alone
+from fxmerge.regression import Regression, Wanted
 from fxmerge.result import merge_graph
 
 
@@ -83,15 +83,22 @@ def linear_chain():
     return nn.Sequential(conv(3, 4), *inner, head(6))
 
 
+class Blind(Regression):
+    """A regression that knows no prior weights."""
+
+    def fit(self, wanted):
+        def blind(each):
+            side = None if each.side is None else 0 * each.side
+            return each._replace(weight=0 * each.weight, bias=0 * each.bias, side=side)
+
+        return super().fit([blind(each) for each in wanted])
+
+
 def test_a_segment_that_is_linear_already_is_found_again(monkeypatch):
     """By the regression alone, whatever the composed weights are: borders, batch norms, stride and bias included."""
     x = images(2, 3, 12, 12)
     gm = captured(lively(linear_chain()), x)
     candidate = next(c for c in candidates(gm, max_kernel=9) if c.kept == ("1.0", "2.0", "3.0") and not c.removed)
-
-    class Blind(Regression):
-        def fit(self, wanted):
-            return super().fit([(geometry, number, 0 * w, 0 * b) for geometry, number, w, b in wanted])
 
     monkeypatch.setattr(regression, "STRENGTHS", (1e-13,))
     with monkeypatch.context() as patch:
@@ -120,6 +127,22 @@ def test_the_fit_learns_the_weights_that_a_gate_gives_to_channels(monkeypatch, e
     assert least <= fits[0].error < most
 
 
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=["group", "instance"])
+def test_the_fit_learns_what_a_norm_does_to_all_images(monkeypatch, norm):
+    """Each image is another turned, so that the norm is one affine map: a merge without it is exact, and leaves it out."""
+    monkeypatch.setattr(regression, "STRENGTHS", (1e-13,))
+    x, draw = images(1, 3, 12, 12), torch.Generator().manual_seed(4)
+    turned = torch.cat([x.flatten(2)[..., torch.randperm(144, generator=draw)].reshape(x.shape) for _ in range(40)])
+    layers = nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 5, 3), nn.ReLU(), head(5)
+    gm = captured(lively(nn.Sequential(*layers)), turned[:2])
+    (candidate,) = (c for c in candidates(gm, norms_go=True) if c.kept == ("0", "2"))
+    data = read_calibration([turned], None, gm, ((turned[:2],), {}))
+    found, fits = refitted(gm, candidate, data=data)
+    assert fits[0].composed_error > 0.1
+    assert fits[0].error < 1e-15
+    assert output_error(found, gm, turned) < 1e-8
+
+
 def by_hand(gm, found, prior, name, data, *, skip=True, inputs=None):
     """The fit of one convolution from values of two whole networks: ``found`` is what was refitted, or ``inputs``."""
     node = by_id(found)[name]
@@ -140,7 +163,7 @@ def by_hand(gm, found, prior, name, data, *, skip=True, inputs=None):
             pairs.append((value_of(network, by_id(network)[node_id(source)], x), [target]))
         parts.append(pairs)
     start = module_of(prior, by_id(prior)[name])
-    return Regression(geometry, *parts).fit([(geometry, 0, start.weight, start.bias)])[0]
+    return Regression(geometry, *parts).fit([Wanted(geometry, 0, start.weight, start.bias)])[0]
 
 
 def two_merges():
@@ -296,7 +319,7 @@ def test_the_last_linear_layer_is_fitted_to_the_originals_outputs():
         for batches in (data.fit, data.held_out)
     ]
     old = gm.get_submodule("4.2")
-    expected = Regression(geometry, *parts).fit([(geometry, 0, old.weight[..., None], old.bias)])[0]
+    expected = Regression(geometry, *parts).fit([Wanted(geometry, 0, old.weight[..., None], old.bias)])[0]
     installed = found.get_submodule("4.2")
     torch.testing.assert_close(installed.weight.detach(), expected.weight[..., 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(installed.bias.detach(), expected.bias, rtol=0, atol=1e-10)
@@ -363,7 +386,9 @@ def test_kept_convolutions_behind_a_change_are_fitted_to_what_they_gave():
         for batches in (data.fit, data.held_out)
     ]
     geometry = conv_geometry(old)
-    expected = Regression(geometry, *parts).fit([(geometry, 0, old.weight, torch.zeros(6, dtype=torch.float64))])[0]
+    expected = Regression(geometry, *parts).fit([Wanted(geometry, 0, old.weight, torch.zeros(6, dtype=torch.float64))])[
+        0
+    ]
     installed = found.get_submodule("2.0")
     torch.testing.assert_close(installed.weight.detach(), expected.weight, rtol=0, atol=1e-10)
     torch.testing.assert_close(installed.bias.detach(), expected.bias, rtol=0, atol=1e-10)  # it had none before
@@ -418,19 +443,59 @@ def test_an_activation_that_was_put_behind_it():
     assert keeps_composed(gm, candidate, calibration(gm)) == "an activation was put behind it"
 
 
-def test_a_side_input_that_passes_through_it():
-    class Embedded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.time, self.second = conv(3, 4, act=False), nn.Linear(1, 4), conv(4, 4)
+class Timed(nn.Module):
+    """Two convolutions with an embedding of a second input between them, in a residual block, and a norm if wanted."""
 
-        def forward(self, x, t):
-            return self.second(F.silu(self.first(x) + self.time(t)[:, :, None, None])).mean((2, 3))
+    def __init__(self, norm=nn.Identity, act=False):
+        super().__init__()
+        self.stem, self.time, self.act = conv(3, 4), nn.Linear(2, 4), act
+        self.first, self.norm = conv(4, 4, act=False), norm()
+        self.second = nn.Conv2d(4, 4, 1)
+        self.head = head(4)
 
-    x = images(2, 3, 12, 12), images(2, 1, seed=2)
-    gm = clone(fxmerge.capture(lively(Embedded()), x)).eval()
-    data = read_calibration([(images(20, 3, 12, 12, seed=4), images(20, 1, seed=5))], None, gm, (x, {}))
-    assert keeps_composed(gm, full_merge(gm), data) == "a side input passes through it"
+    def forward(self, x, t):
+        x = self.stem(x)
+        y = self.norm(self.first(x) + self.time(t)[:, :, None, None])
+        return self.head(F.relu(x + self.second(F.silu(y) if self.act else y)))
+
+
+def timed(**options):
+    """Captured, with one candidate, and calibration images with their embeddings."""
+    x = images(40, 3, 12, 12), images(40, 2, seed=5)
+    gm = clone(fxmerge.capture(lively(Timed(**options)), tuple(each[:2] for each in x))).eval()
+    merges = candidates(gm, norms_go=True)
+    candidate = next(c for c in merges if c.kept == ("first.0", "second") and not c.bypassed and c.norm is None)
+    return gm, candidate, read_calibration([x], None, gm, (tuple(each[:2] for each in x), {})), x
+
+
+def test_the_matrix_of_a_side_input_is_fitted_with_the_convolution(monkeypatch):
+    """All of it is linear: blind, it is found again, by the sum that it goes into."""
+    monkeypatch.setattr(regression, "STRENGTHS", (1e-13,))
+    monkeypatch.setattr(module, "Regression", Blind)
+    gm, candidate, data, x = timed()
+    found, fits = refitted(gm, candidate, data=data)
+    assert (fits[0].fitted, fits[0].error < 1e-15, fits[0].composed_error > 0.5) == (True, True, True)
+    assert found.get_submodule("first.0_side").weight.abs().min() > 1e-3
+    expected = outputs_of(gm, (x, {}))
+    assert relative_error(outputs_of(found, (x, {})), expected) < 1e-8
+    assert relative_error(outputs_of(found, ((x[0], x[1] + 1.0), {})), expected) > 1e-3
+    assert relative_error(outputs_of(merge_graph(found), (x, {})), expected) < 1e-8
+
+
+def test_with_a_side_input_a_fit_is_better_than_what_it_composes_to_and_shared_between_plans():
+    gm, candidate, data, _ = timed(norm=lambda: nn.GroupNorm(2, 4), act=True)
+    found, fits = refitted(gm, candidate, data=data)
+    assert fits[0].fitted
+    assert fits[0].error < 0.5 * fits[0].composed_error
+    parts = [known_inputs(gm, part) for part in (data.fit, data.held_out)]
+    assert not refit_alone(gm, [candidate], *parts)
+    reuse = Reuse((candidate,))
+    networks = [relaxed(gm, candidate) for _ in range(2)]
+    for network in networks:
+        refit(gm, network, *parts, reuse=reuse)
+    assert len(reuse.fits) == 1
+    assert same(weights_of(networks[0]), weights_of(networks[1]))
+    assert same(weights_of(networks[0]), weights_of(found))
 
 
 def test_what_does_not_fit_into_memory_is_solved_iteratively_and_about_as_well():

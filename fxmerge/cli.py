@@ -312,7 +312,7 @@ def _measure_options() -> argparse.ArgumentParser:
         "--polish",
         type=_effort,
         metavar="TIME",
-        help="train the result towards the original's values, no labels: 10s, or steps per window (default: none)",
+        help="train the result towards the original's values, no labels: 10s, or a number of steps (default: none)",
     )
     return options
 

@@ -714,9 +714,8 @@ def frontier(
             nearest to the original's: a time such as "1min", a number of networks such as 20 (the same network every
             time), or None for the plan with the least sum of losses. Needs calibration.
         refit_kept: with fit="refit", also fit convolutions that are kept, behind those that merged, towards their old weights.
-        polish: train the installed network for a while, without labels, so that its inner values and at last its outputs are
-            the original's again: a time such as "10s", or a number of steps for each window of segments and as many again
-            for the whole (the same network every time). None does not. Needs calibration.
+        polish: train the installed network for a while, without labels, so that its inner values and outputs are the original's
+            again: a time such as "10s", or a number of steps (the same network every time). None does not. Needs calibration.
 
     Raises:
         UserError: see :func:`compress`.

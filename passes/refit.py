@@ -370,7 +370,7 @@ class _Refit:
             self.reuse.keep(key, fit)
         put(fit, module)
         if fit.side is not None:
-            for side, matrix in zip(sides, fit.side.split([s.layer.in_features for s in sides], 1), strict=True):
+            for side, matrix in zip(sides, torch.split(fit.side, [s.layer.in_features for s in sides], 1), strict=True):
                 side.layer.weight.copy_(matrix)
         if self.norms:
             self._normalise(node, module)

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import SMALL, candidates, captured, conv, full_merge, head, images, lively, relaxed, small
+from small_networks import (
+    SMALL,
+    candidates,
+    captured,
+    conv,
+    full_merge,
+    head,
+    images,
+    lively,
+    relaxed,
+    small,
+    value_of,
+)
 from torch import nn
 
 import fxmerge
@@ -23,6 +35,7 @@ from fxmerge.graph import by_id, changed_nodes, node_id
 from fxmerge.passes import PolishPass
 from fxmerge.passes import polish as module
 from fxmerge.passes.polish import polish
+from fxmerge.passes.refit import known_inputs
 from fxmerge.result import merge_graph
 
 
@@ -120,7 +133,7 @@ def test_modes_gradients_and_what_requires_them_are_as_before():
     assert all(p.grad is None for p in found.parameters())
 
 
-def test_a_window_that_gets_worse_is_put_back(monkeypatch):
+def test_weights_that_get_worse_are_put_back(monkeypatch):
     gm, chosen = chain()
     data = calibration(gm)
     found, _ = apply_candidates(gm, (chosen,), data, "refit")
@@ -141,46 +154,55 @@ def test_nothing_to_train(monkeypatch):
     outcome = PolishPass(gm, data, 3)(found)
     assert not outcome.modified
     assert np.isnan(outcome.before)
+    monkeypatch.undo()
+    before = state(found)
+    assert polish(gm, found, data, Effort(3, None), limits=Limits(exclude=("1", "2", "3", "4"))) is None
+    assert not differing(before, state(found))
 
 
-def test_places_are_behind_segments_and_windows_overlap():
+def merged_blocks():
+    """Five pairs of convolutions, of which each is one."""
     blocks = [nn.Sequential(conv(4, 4), conv(4, 4)) for _ in range(5)]
     gm = captured(lively(nn.Sequential(conv(3, 4), *blocks, head(4))), images(2, 3, 12, 12))
     chosen = [next(c for c in candidates(gm) if c.removed == (f"{n}.0.2",) and len(c.kept) == 2) for n in range(1, 6)]
-    found = relaxed(gm, *chosen)
-    places = module._places(gm, found, changed_nodes(gm, found))
-    assert [node_id(node) for node in places] == [*(f"{n}.1.2" for n in range(1, 6)), "6.2"]
-    nodes = by_id(found)
-    window = module._Window.between(found, places[0], places[1:4], changed_nodes(gm, found), None)
-    assert window.enter == [nodes["1.1.2"]]
-    names = {name for name, p in found.named_parameters() if any(p is each for each in window.trained)}
-    assert {name.split(".")[0] for name in names} == {"2", "3", "4"}
+    return gm, relaxed(gm, *chosen).eval()
 
 
-def test_the_last_window_is_the_whole_network_and_takes_as_much_as_all_others(monkeypatch):
-    blocks = [nn.Sequential(conv(4, 4), conv(4, 4)) for _ in range(5)]
-    gm = captured(lively(nn.Sequential(conv(3, 4), *blocks, head(4))), images(2, 3, 12, 12))
-    chosen = [next(c for c in candidates(gm) if c.removed == (f"{n}.0.2",) and len(c.kept) == 2) for n in range(1, 6)]
-    found, trained = relaxed(gm, *chosen), []
-
-    def train(*args):
-        window, steps = args[2], args[5]
-        trained.append(([node_id(node) for node in window.ends], len(window.trained), steps))
-
-    monkeypatch.setattr(module, "_train", train)
-    polish(gm, found, calibration(gm, 40), Effort(7, None))
-    ends = [*(f"{n}.1.2" for n in range(1, 6)), "6.2"]
-    assert [(names, steps) for names, _, steps in trained] == [*((ends[k : k + 3], 7) for k in range(4)), (["6.2"], 28)]
-    changed = [p for name, p in found.named_parameters() if not name.startswith("0.")]
-    assert [count for _, count, _ in trained][-1] == len(changed)
+def test_places_are_behind_segments_and_the_outputs_and_all_that_has_changed_is_trained():
+    gm, found = merged_blocks()
+    part = module._part(gm, found, changed_nodes(gm, found), None)
+    assert [node_id(node) for node in part.ends] == [*(f"{n}.1.2" for n in range(1, 6)), "6.2"]
+    assert [node_id(node) for node in part.enter] == ["0.2"]
+    changed = [parameter for name, parameter in found.named_parameters() if not name.startswith("0.")]
+    assert {id(p) for p in part.trained} == {id(p) for p in changed}
 
 
-def test_one_place_is_one_window():
-    gm, chosen = chain()
-    found = relaxed(gm, chosen)
-    places = module._places(gm, found, changed_nodes(gm, found))
-    assert module._windows(places[-1:]) == [((None, places[-1:]), 1)]
-    assert module._windows(places) == [((None, places), 1), ((None, places[-1:]), 1)]
+def test_the_loss_adds_up_shares_of_variance_and_the_divergence_of_the_outputs():
+    gm, found = merged_blocks()
+    data = calibration(gm, 40)
+    part = module._part(gm, found, changed_nodes(gm, found), None)
+    (rows,) = module._rows(gm, found, part, known_inputs(gm, data.fit[:1]), 2**31)
+    (x,), _ = data.fit[0]
+    expected = 0.0
+    for place in part.ends:
+        with torch.no_grad():
+            mine, theirs = (value_of(graph, by_id(graph)[node_id(place)], x) for graph in (found, gm))
+        if node_id(place) == "6.2":
+            probabilities = theirs.softmax(1)
+            expected += float((probabilities * (probabilities / mine.softmax(1)).log()).sum(1).mean())
+        else:
+            expected += float((mine - theirs).square().sum() / (theirs - theirs.mean(0)).square().sum())
+    assert float(module._loss(found, part, rows).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_that_do_not_fit_into_memory_are_not_trained_on():
+    gm, found = merged_blocks()
+    batches = known_inputs(gm, calibration(gm).fit)
+    part = module._part(gm, found, changed_nodes(gm, found), None)
+    whole = list(module._rows(gm, found, part, batches, 2**31))
+    size = sum(t.nbytes for t in (*whole[0].enter.values(), *whole[0].wanted))
+    assert [len(list(module._rows(gm, found, part, batches, most))) for most in (1, 3 * size)] == [1, 3]
+    assert len(whole) == len(batches) > 3
 
 
 def test_segments_that_were_fitted_are_places_like_those_that_were_not():

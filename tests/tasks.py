@@ -235,7 +235,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 _DIGITS = (
     lambda: _digits("train"),
     lambda: _digits("test"),
-    lambda: _digits("train")[0][:512],
+    lambda: _digits("train")[0][:1024],
     F.cross_entropy,
     _accuracy,
     "%",

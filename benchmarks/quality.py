@@ -16,8 +16,9 @@ Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on
   re-estimated. Of ratios in steps of 5 %, widths rounded to eights or not, the network with most parameters whose
   measured latency is within the budget: widths that the runtime's vectors do not divide are slower than the original.
 
-Calibration, on 1,024 digits or 128 crops of photographs, has no labels. Fine-tuning is the same few steps with labels for all, of ``result.model`` or the pruned network; and of
-the original, because so few of them can also do harm.
+Calibration, on 1,024 digits or 128 crops of photographs, has no labels. Fine-tuning is the same few steps with labels for all,
+of ``result.model`` or the pruned network; and of the original, because so few of them can also do harm. Several processes may work
+side by side, each with a ``--results`` file of its own; ``--merge`` puts files together.
 """
 
 from __future__ import annotations
@@ -72,10 +73,14 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.65, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS, help="where records are written")
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="more files of records, to begin with")
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="folder of what can be made again")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    records: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
+    records: dict[str, Any] = {}
+    for path in (*options.merge, options.results):
+        records |= json.loads(path.read_text()) if path.exists() else {}
+    write(records, options.results)
     for seed in options.seeds:
         for name in options.tasks:
             if key(name, seed, "original", 1) not in records:

@@ -11,7 +11,8 @@ the images, less their means, one of three systems is solved for a ridge of stre
 Rows are drawn at random, fifteen for an unknown at most, from no more images than it takes to have four times as many
 output pixels, but 64: what many images are needed for is a late layer of few pixels. A ridge draws towards zero and towards
 prior weights; images that no system has seen choose between strengths, and between all of these and the prior weights
-as they are.
+as they are. With fewer than five rows for an unknown fitted weights have to be better than the prior ones by one part in 1 + n,
+n being the number of those images; where there are none but the fitted ones they are not installed.
 
 Where something is added to the convolution's output that is linear in a side input, one value for all pixels of an image (a time
 embedding), its matrix is fitted together with the convolution: side inputs are more columns of the patches.
@@ -152,7 +153,10 @@ class Regression:
     def __init__(self, window: Geometry, fitted: Pairs, held_out: Pairs, memory: int = 2**31) -> None:
         self.window = window
         self.memory = memory
-        self._held_out = list(_rows(window, held_out, _HELD_OUT_ROWS))
+        self._fitted = fitted
+        counted = _Counted(held_out)
+        self._held_out = list(_rows(window, counted, _HELD_OUT_ROWS))
+        self._images = counted.images
         self.patch = math.prod(window.weight_shape[1:])
         self.unknowns = self._held_out[0][0].shape[2]  # those of a patch, and of side inputs
         self._spread = [
@@ -189,12 +193,20 @@ class Regression:
                 error = self.error(*prior, each.number, columns)
                 side = None if each.side is None else each.side.double()
                 best.append(Fit(each.weight.double(), each.bias.double(), error, error, ratio, None, side))
+            doubt = self._doubt() if ratio < FEW_ROWS else 0.0
+            bars = [(1.0 - doubt) * each.error for each in best]
             for strength, place, weight, bias in self._system.solutions(numbers, [w for w, _ in priors], columns):
                 error = self.error(weight, bias, numbers[place], columns)
-                if error < best[place].error:
+                if error < bars[place]:
+                    bars[place] = error
                     found = _as_torch(wanted[place].geometry, weight, bias)
                     best[place] = Fit(*found[:2], error, best[place].prior_error, ratio, strength, found[2])
         return best
+
+    def _doubt(self) -> float:
+        """By which share weights that were fitted to few rows have to be better than the prior ones."""
+        seen, _ = next(iter(_rows(self.window, self._fitted, _HELD_OUT_ROWS)))
+        return 1.0 if torch.equal(seen, self._held_out[0][0]) else 1 / (1 + self._images)
 
     def error(self, weight: Tensor, bias: Tensor, number: int, columns: Tensor) -> float:
         """Squared error on the held-out images of weights (groups, unknowns, outputs), as a share of the variance."""
@@ -400,6 +412,22 @@ class _Stored:
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         return _rows(self.window, self.pairs, self.most) if self.kept is None else iter(self.kept)
+
+
+class _Counted:
+    """Pairs, and how many images were read of them."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.images = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Sequence[Tensor]]]:
+        for inputs, targets in self.pairs:
+            self.images += len(_split(inputs)[0])
+            yield inputs, targets
 
 
 def _rows(window: Geometry, pairs: Pairs, most: int) -> Iterator[tuple[Tensor, list[Tensor]]]:

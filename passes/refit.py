@@ -7,7 +7,7 @@ of these is then fitted (:mod:`fxmerge.regression`):
    original network gives at the segment's exit, inner activations in place. Where the segment ends in an addition whose
    other operand is known by then, the target is what the original's sum lacks: what went wrong in the skip is made good.
 2. The strength of the ridge, whether it draws towards zero or the composed weights, and whether the fitted or the composed
-   weights are installed, is decided by the held-out images.
+   weights are installed, is decided by the held-out images; of few rows and few such images little is believed.
 3. Behind it stands a batch norm that changes nothing, because folded convolutions hardly train (fold removes it).
 
 On request convolutions that are kept, but read what has changed, are fitted between them to what they gave in the

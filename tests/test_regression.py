@@ -174,6 +174,35 @@ def test_kernels_that_share_a_window_are_fitted_as_if_alone(monkeypatch):
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("held_out", [1, 4])
+def test_few_rows_have_to_be_better_by_more_the_fewer_images_say_so(held_out, monkeypatch):
+    truth, x, y = made("2d", 1)  # 64 rows for 28 unknowns
+    fresh = draw(held_out, 3, 8, 8, seed=30)
+    outcomes = set()
+    for noise in np.linspace(0, 6, 13):
+        pair = (x, y + noise * draw(*y.shape, seed=31)), (fresh, truth.apply(fresh))
+        with monkeypatch.context() as patch:
+            patch.setattr(regression, "FEW_ROWS", 0.0)
+            best = fit(truth.geometry, *pair)
+        found = fit(truth.geometry, *pair)
+        assert found.rows_per_unknown < FEW_ROWS
+        enough = best.error < held_out / (1 + held_out) * best.prior_error
+        assert (found.error, found.strength is not None) == (
+            (best.error, True) if enough else (best.prior_error, False)
+        )
+        outcomes.add((enough, best.strength is not None))
+    assert outcomes >= {(True, True), (False, True)}
+
+
+@pytest.mark.parametrize(("images", "installed"), [(2, False), (3, True)])
+def test_images_say_nothing_of_few_rows_that_were_fitted_to_them(images, installed):
+    """128 rows for 28 unknowns, or 192."""
+    truth, x, y = made("2d", images)
+    found = fit(truth.geometry, (x, y), (x, y))
+    assert (found.rows_per_unknown > FEW_ROWS) is installed
+    assert (found.strength is not None) is installed
+
+
 @each_geometry
 def test_the_true_convolution_is_found_again(name, system, monkeypatch):
     monkeypatch.setattr(regression, "STRENGTHS", (1e-13,))

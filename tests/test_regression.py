@@ -179,7 +179,7 @@ def test_few_rows_have_to_be_better_by_more_the_fewer_images_say_so(held_out, mo
     truth, x, y = made("2d", 1)  # 64 rows for 28 unknowns
     fresh = draw(held_out, 3, 8, 8, seed=30)
     outcomes = set()
-    for noise in np.linspace(0, 6, 13):
+    for noise in np.linspace(0, 40, 21):
         pair = (x, y + noise * draw(*y.shape, seed=31)), (fresh, truth.apply(fresh))
         with monkeypatch.context() as patch:
             patch.setattr(regression, "FEW_ROWS", 0.0)

@@ -235,7 +235,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int =
 _DIGITS = (
     lambda: _digits("train"),
     lambda: _digits("test"),
-    lambda: _digits("train")[0][:1024],
+    lambda: _digits("train")[0][:2048],
     F.cross_entropy,
     _accuracy,
     "%",

@@ -41,7 +41,7 @@ from fxmerge.passes import RefitPass, RelaxPass
 from fxmerge.passes import refit as module
 from fxmerge.passes.fold import fold_segments
 from fxmerge.passes.refit import Reuse, known_inputs, refit, refit_alone
-from fxmerge.regression import Regression, Wanted
+from fxmerge.regression import FEW_ROWS, Regression, Wanted
 from fxmerge.result import merge_graph
 
 
@@ -647,8 +647,10 @@ def test_every_fit_is_no_worse_than_composed_on_the_held_out_images(digits):
             assert each.fitted == (each.error < each.composed_error)
 
 
-def test_one_batch_that_cannot_be_split_serves_as_both():
-    gm, x = small("chain")
-    batch = ((x,), {})
-    _, fits = refitted(gm, full_merge(gm), data=Calibration((batch,), (batch,), 2, truncated=False))
-    assert fits[0].error < fits[0].composed_error
+@pytest.mark.parametrize(("count", "fitted"), [(2, False), (40, True)])
+def test_one_batch_that_cannot_be_split_serves_as_both_where_it_has_rows_enough(count, fitted):
+    gm, _ = small("chain")
+    batch = ((images(count, 3, 12, 12),), {})
+    _, fits = refitted(gm, full_merge(gm), data=Calibration((batch,), (batch,), count, truncated=False))
+    assert (fits[0].rows_per_unknown > FEW_ROWS, fits[0].fitted) == (fitted, fitted)
+    assert fits[0].fitted is (fits[0].error < fits[0].composed_error)

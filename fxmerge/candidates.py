@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -49,7 +49,7 @@ class Limits:
     exit_activation: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    norms_go: bool = False
+    norms_go: bool = field(default=False, repr=False)  # follows from how weights are found, which is told beside it
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

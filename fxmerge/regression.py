@@ -31,7 +31,18 @@ from torch import Tensor
 
 from .algebra import Geometry, as_torch_pad
 
-__all__ = ["ENOUGH_IMAGES", "FEW_ROWS", "STRENGTHS", "Fit", "Pairs", "Regression", "Wanted", "patches", "window_of"]
+__all__ = [
+    "ENOUGH_IMAGES",
+    "FEW_ROWS",
+    "STRENGTHS",
+    "Fit",
+    "Inputs",
+    "Pairs",
+    "Regression",
+    "Wanted",
+    "patches",
+    "window_of",
+]
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths that are tried, as shares of the mean diagonal of P'P."""

@@ -468,7 +468,7 @@ class _Search:
                 if point
                 else f"no norm of the segment up to {node_id(exit_)!r} has {geometry.out_channels} channels"
             )
-            reason += "; a fit on calibration images would do without"
+            reason += "; a fit does without"
             for name in dict.fromkeys((way.kept[0], way.kept[-1])):
                 self._refuse("norm", name, way.norms[-1], reason)
         return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .calibration import Calibration, reestimate_batch_norms
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["FITS", "Refitted", "apply_candidates", "install", "last_may_change", "resolve_fit"]
 
 FITS = ("auto", "compose", "refit")
+
+_NORM_IMAGES = 512
+"""From which batch-norm statistics are re-estimated, if there are so many: more hardly change them, and cost most of a score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +125,8 @@ def install(
 ) -> tuple[Refitted, ...]:
     """Give a relaxed network its weights, in place; what was fitted.
 
-    ``compose`` re-estimates the statistics of the batch norms behind a change. ``refit`` fits every merged convolution
-    (:mod:`fxmerge.passes.refit`); where none can be fitted it does the same. Arguments as of
+    ``compose`` re-estimates the statistics of the batch norms behind a change, on 512 images or little more. ``refit`` fits every
+    merged convolution (:mod:`fxmerge.passes.refit`); where none can be fitted it does the same. Arguments as of
     :func:`fxmerge.passes.refit.refit`.
     """
     from .passes.refit import refit
@@ -141,5 +144,13 @@ def install(
         with torch.no_grad():
             return pytree.tree_leaves(evaluate(relaxed, output, taken_over(known, values)))
 
-    reestimate_batch_norms(relaxed, changed, images, forward)
+    reestimate_batch_norms(relaxed, changed, _some(original, images), forward)
     return fits
+
+
+def _some(original: fx.GraphModule, batches: Sequence[Known]) -> list[Known]:
+    """Batches of enough images for statistics, spread evenly: many loaders are sorted by class."""
+    inputs = [batches[0].get(node_id(node)) for node in original.graph.find_nodes(op="placeholder")]
+    size = min((len(value) for value in inputs if isinstance(value, Tensor) and value.ndim), default=1)
+    count = min(len(batches), -(-_NORM_IMAGES // max(1, size)))
+    return [batches[number * len(batches) // count] for number in range(count)]

@@ -13,13 +13,13 @@ from torch import nn
 
 import fxmerge
 from fxmerge import fitting
-from fxmerge.calibration import read_calibration
+from fxmerge.calibration import read_calibration, reestimate_batch_norms
 from fxmerge.candidates import Limits
 from fxmerge.checks import outputs_of
 from fxmerge.errors import UserError
 from fxmerge.estimators import Distortion, distance, get_estimator
-from fxmerge.fitting import FITS, apply_candidates, resolve_fit
-from fxmerge.graph import clone, graph_meta, node_id
+from fxmerge.fitting import FITS, apply_candidates, install, resolve_fit
+from fxmerge.graph import changed_nodes, clone, graph_meta, node_id
 from fxmerge.passes import EnumerateSegmentsPass, RefitPass, RelaxPass
 from fxmerge.report import Report
 
@@ -120,6 +120,18 @@ def test_without_a_merge_refit_does_what_compose_does(gm, calibration):
         composed, _ = apply_candidates(gm, (chosen,), calibration, "compose")
         assert fits == ()
         assert same(weights_of(found), weights_of(composed))
+
+
+@pytest.mark.parametrize(("batches", "used"), [(6, [0, 2, 4]), (4, [0, 1, 2]), (2, [0, 1])])
+def test_statistics_are_of_enough_images_spread_evenly(gm, batches, used):
+    (chosen, *_) = candidates(gm)
+    images = [draw(200, seed) + seed for seed in range(batches)]  # 512 are enough
+    found, expected = (RelaxPass((chosen,))(clone(gm)).graph_module for _ in range(2))
+    (name,) = (node_id(node) for node in gm.graph.find_nodes(op="placeholder"))
+    install(gm, found, "compose", [{name: each} for each in images], [], 2**31)
+    reestimate_batch_norms(expected, changed_nodes(gm, expected), [((images[number],), {}) for number in used])
+    assert same(weights_of(found), weights_of(expected))
+    assert not same(weights_of(found), weights_of(RelaxPass((chosen,))(clone(gm)).graph_module))
 
 
 def test_without_calibration_or_candidates_nothing_is_fitted(gm, calibration):

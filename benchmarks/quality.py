@@ -2,7 +2,8 @@
 
 ``pip install '.[bench]'``, then ``python benchmarks/quality.py`` writes a record to ``benchmarks/results/quality.json`` after every
 network, and beside it the table ``quality.md``. What is in the file already is not done again. Trained networks, latencies and
-losses are kept in ``--work``. The main table: two budgets, three seeds; ``--budgets 0.8 0.4 0.3 --seeds 0`` for the rest.
+losses are kept in ``--work``. The main table: two budgets, three seeds, 220 minutes of one core, side by side on two cores half of
+that; ``--budgets 0.8 0.4 0.3 --seeds 0`` for the rest.
 
 Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on one thread:
 

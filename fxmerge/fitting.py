@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from .calibration import Calibration, reestimate_batch_norms
@@ -15,6 +15,7 @@ from .candidates import Candidate, Limits
 from .errors import UserError
 from .evaluate import Known, evaluate, taken_over
 from .graph import changed_nodes, clone, node_id
+from .inputs import batch_size
 
 if TYPE_CHECKING:
     from .passes.refit import Reuse
@@ -150,7 +151,6 @@ def install(
 
 def _some(original: fx.GraphModule, batches: Sequence[Known]) -> list[Known]:
     """Batches of enough images for statistics, spread evenly: many loaders are sorted by class."""
-    inputs = [batches[0].get(node_id(node)) for node in original.graph.find_nodes(op="placeholder")]
-    size = min((len(value) for value in inputs if isinstance(value, Tensor) and value.ndim), default=1)
-    count = min(len(batches), -(-_NORM_IMAGES // max(1, size)))
+    inputs = tuple(batches[0].get(node_id(node)) for node in original.graph.find_nodes(op="placeholder"))
+    count = min(len(batches), -(-_NORM_IMAGES // (batch_size(inputs, {}) or 1)))
     return [batches[number * len(batches) // count] for number in range(count)]

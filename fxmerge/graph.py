@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.node import Argument, Target
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from .errors import PlanError
 
@@ -41,6 +43,7 @@ __all__ = [
     "graph_meta",
     "is_convolution",
     "is_tensor",
+    "memory_format_of",
     "module_of",
     "node_id",
     "record_shapes",
@@ -194,7 +197,8 @@ def clone(gm: fx.GraphModule, *, share_parameters: bool = False) -> fx.GraphModu
 
     Args:
         gm: a canonical graph.
-        share_parameters: let the copy hold the very Parameters of ``gm``, which is much faster; buffers are copied.
+        share_parameters: let the copy hold the very Parameters of ``gm``, and what else torch's modules hold but buffers and
+            options: much faster.
 
     Example:
         >>> import torch, fxmerge
@@ -205,7 +209,27 @@ def clone(gm: fx.GraphModule, *, share_parameters: bool = False) -> fx.GraphModu
         >>> copied.get_parameter("0.weight") is gm.get_parameter("0.weight")
         False
     """
-    return _deep_copy(gm, {id(parameter): parameter for parameter in gm.parameters()} if share_parameters else {})
+    return _deep_copy(gm, _shared_with(gm) if share_parameters else {})
+
+
+def _shared_with(gm: fx.GraphModule) -> dict[int, Any]:
+    """For ``copy.deepcopy`` what to take for what, by id: for Parameters themselves, for torch's modules light copies.
+
+    Most of the time a deep copy takes goes into the many empty dictionaries of hooks that each module has.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in gm.parameters()}
+    memo |= {id(buffer): buffer.clone() for buffer in gm.buffers()}
+    light = [module for module in gm.modules() if type(module).__module__.startswith("torch.nn.modules.")]
+    memo |= {id(module): type(module).__new__(type(module)) for module in light}
+    for module in light:
+        own = memo[id(module)].__dict__
+        own |= {
+            name: value.copy() if isinstance(value, (dict, list, set)) else value
+            for name, value in vars(module).items()
+        }
+        own["_buffers"] = {name: memo.get(id(buffer)) for name, buffer in module._buffers.items()}
+        own["_modules"] = {name: copy.deepcopy(child, memo) for name, child in module._modules.items()}
+    return memo
 
 
 _COPYING = threading.RLock()
@@ -243,12 +267,27 @@ def record_shapes(gm: fx.GraphModule) -> None:
         _ShapeRecorder(gm).run(*inputs, enable_io_processing=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What a module gives, and a tensor without values that is made of it where an operator reads it."""
+
+    shape: tuple[int, ...]
+    like: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def tensor(self) -> Tensor:
+        return self.like.new_empty(self.shape)
+
+
 class _ShapeRecorder(fx.Interpreter):
     """Runs a graph on tensors without values; modules whose shape is known are not even called."""
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, Tensor):
+        if isinstance(value, (Tensor, _Value)):
             kept = {key: n.meta[META][key] for key in ("id", "opaque", "removable") if key in n.meta.get(META, {})}
             n.meta[META] = {**kept, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         return value
@@ -257,8 +296,18 @@ class _ShapeRecorder(fx.Interpreter):
         from .linear import shape_after  # it reads this module
 
         value: Any = args[0]
-        shape = shape_after(self.fetch_attr(str(target)), tuple(value.shape)) if isinstance(value, Tensor) else None
-        return super().call_module(target, args, kwargs) if shape is None else value.new_empty(shape)
+        if isinstance(value, (Tensor, _Value)):
+            shape = shape_after(self.fetch_attr(str(target)), tuple(value.shape))
+            if shape is not None:
+                return _Value(shape, value if isinstance(value, Tensor) else value.like)
+        return super().call_module(target, *_made(args, kwargs))
+
+    def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(target, *_made(args, kwargs))
+
+
+def _made(args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+    return pytree.tree_map_only(_Value, _Value.tensor, (args, kwargs))
 
 
 def sweep(gm: fx.GraphModule) -> None:
@@ -338,6 +387,18 @@ def refuse_other_structure(expected: tuple[str, ...], gm: fx.GraphModule) -> Non
 def device_of(gm: nn.Module) -> torch.device:
     """The device of the first parameter or buffer (the CPU where there is none)."""
     return next((tensor.device for tensor in itertools.chain(gm.parameters(), gm.buffers())), torch.device("cpu"))
+
+
+def memory_format_of(gm: nn.Module, dims: int) -> torch.memory_format:
+    """The one that weights of ``dims`` spatial dimensions are kept in: channels last if one of them is in no other."""
+    last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dims)
+    if last is None or not any(
+        weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
+        for weight in gm.parameters()
+        if weight.ndim == dims + 2
+    ):
+        return torch.contiguous_format
+    return last
 
 
 def dtype_of(gm: nn.Module) -> torch.dtype:

@@ -43,6 +43,7 @@ from fxmerge.graph import (
     by_id,
     graph_meta,
     is_convolution,
+    memory_format_of,
     node_id,
     shape_of,
     shared_targets,
@@ -170,7 +171,8 @@ def _install(
     exit_.replace_all_uses_with(new)
     for node in sorted(inside, reverse=True):
         gm.graph.erase_node(node)
-    gm.add_submodule(path, conv.eval())
+    layout = memory_format_of(gm, composed.conv_map.geometry.dims)
+    gm.add_submodule(path, conv.eval().to(memory_format=layout))  # type: ignore[call-overload]
     return new
 
 

@@ -278,6 +278,11 @@ def test_channels_last_gives_the_same_numbers(name, dtype):
         assert error(folded(given), plain(x)) < tolerance
     for key, weight in expected.merge().state_dict().items():
         assert torch.allclose(merged.state_dict()[key], weight, rtol=2 * torch.finfo(dtype).eps, atol=1e-6), key
+    for each in (result.model, merged, folded):
+        weights = [module.weight for module in each.modules() if isinstance(module, nn.Conv2d)]
+        assert weights
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert all(weight.is_contiguous() for weight in expected.merge().parameters())
 
 
 @pytest.mark.parametrize("call", [fxmerge.capture, fxmerge.fold, compress])

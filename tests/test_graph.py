@@ -224,6 +224,56 @@ def test_a_copy_may_share_parameters_but_no_buffers(captured):
     assert not captured.norm.running_mean.any()
 
 
+class Own(nn.Module):
+    """A module that is none of torch's, with state that only deepcopy can copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.settings = {"scale": [2.0]}
+
+    def forward(self, x):
+        return self.settings["scale"][0] * self.inner(x)
+
+
+class Tied(nn.Module):
+    """A buffer under two names, and a module that is also called by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.second.running_mean = self.first.running_mean
+        self.own = Own()
+        self.again = self.own.inner
+
+    def forward(self, x):
+        return self.again(self.own(self.second(self.first(x))))
+
+
+class LeavesOwn(fx.Tracer):
+    def is_leaf_module(self, m, module_qualified_name):
+        return isinstance(m, Own) or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_a_copy_that_shares_parameters_is_a_network_of_its_own():
+    model = Tied()
+    traced = fx.GraphModule(model, LeavesOwn().trace(model))
+    copied = clone(traced, share_parameters=True)
+    assert copied.first.running_mean is copied.second.running_mean
+    assert copied.first.running_mean is not traced.first.running_mean
+    assert torch.equal(copied.eval()(IMAGE + 1), traced.eval()(IMAGE + 1))
+    copied.own.settings["scale"][0] = 3.0
+    copied.own.inner.padding = (1, 1)
+    copied.own.inner.register_forward_hook(lambda *_: None)
+    copied.first.register_buffer("more", torch.zeros(1))
+    copied.second.bias = nn.Parameter(torch.ones(4))
+    assert traced.own.settings == {"scale": [2.0]}
+    assert traced.own.inner.padding == (0, 0)
+    assert not traced.own.inner._forward_hooks
+    assert "more" not in dict(traced.first.named_buffers())
+    assert not traced.second.bias.any()
+
+
 # --- editing ----------------------------------------------------------------------------------------------------------
 
 

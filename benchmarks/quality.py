@@ -2,8 +2,8 @@
 
 ``pip install '.[bench]'``, then ``python benchmarks/quality.py`` writes a record to ``benchmarks/results/quality.json`` after every
 network, and beside it the table ``quality.md``. What is in the file already is not done again. Trained networks, latencies and
-losses are kept in ``--work``. The main table: two budgets, three seeds, 220 minutes of one core, side by side on two cores half of
-that; ``--budgets 0.8 0.4 0.3 --seeds 0`` for the rest.
+losses are kept in ``--work``, and what unfinished runs measured. The main table: two budgets, three seeds, TIME minutes on two
+cores, of which each has a network of its own; ``--budgets 0.8 0.4 0.3 --seeds 0`` for the rest.
 
 Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on one thread:
 
@@ -19,8 +19,7 @@ Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on
   measured latency is within the budget: widths that the runtime's vectors do not divide are slower than the original.
 
 Calibration, on 2,048 digits or 128 crops of photographs, has no labels. Fine-tuning is the same few steps with labels for all,
-of ``result.model`` or the pruned network; and of the original, because so few of them can also do harm. Several processes may work
-side by side, each with a ``--results`` file of its own; ``--merge`` puts files together.
+of ``result.model`` or the pruned network; and of the original, because so few of them can also do harm.
 """
 
 from __future__ import annotations
@@ -29,11 +28,13 @@ import argparse
 import copy
 import functools
 import json
+import multiprocessing
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -76,27 +77,45 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.65, 0.5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS, help="where records are written")
-    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="more files of records, to begin with")
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="folder of what can be made again")
+    parser.add_argument("--processes", type=int, default=2, help="side by side, of one thread each")
     options = parser.parse_args()
+    records: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
+    options.work.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (1,)) as pool:
+        started = [
+            pool.submit(run, name, seed, options.methods, options.budgets, records, options.work)
+            for name in sorted(options.tasks, key=list(TASKS).index, reverse=True)  # the one that takes longest first
+            for seed in options.seeds
+        ]
+        for job in as_completed(started):
+            records |= job.result()
+            write(records, options.results)
+
+
+def run(
+    name: str, seed: int, methods: list[str], budgets: list[float], known: dict[str, Any], work: Path
+) -> dict[str, Any]:
+    """What is missing of one network, written to a file in ``work`` after every budget; all records of the network."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    records: dict[str, Any] = {}
-    for path in (*options.merge, options.results):
-        records |= json.loads(path.read_text()) if path.exists() else {}
-    write(records, options.results)
-    for seed in options.seeds:
-        for name in options.tasks:
-            if key(name, seed, "original", 1) not in records:
-                records[key(name, seed, "original", 1)] = finetuned_original(name, seed, options.work)
-                write(records, options.results)
-            for method in options.methods:
-                missing = [b for b in options.budgets if key(name, seed, method, b) not in records]
-                if not missing:
-                    continue
-                for budget, found in measure(name, seed, method, missing, options.work):
-                    records |= {key(name, seed, row, budget): record for row, record in found.items()}
-                    write(records, options.results)
-                    print(name, seed, budget, found, flush=True)
+    part = work / f"{name}-{seed}.json"
+    records: dict[str, Any] = json.loads(part.read_text()) if part.exists() else {}
+    records |= {each: record for each, record in known.items() if each.startswith(f"{name}, seed {seed}, ")}
+
+    def keep(row: str, budget: float, record: dict[str, Any]) -> None:
+        records[key(name, seed, row, budget)] = record
+        part.write_text(json.dumps(records))
+        print(f"{time.strftime('%H:%M:%S')} {key(name, seed, row, budget)}: {record}", flush=True)
+
+    if key(name, seed, "original", 1) not in records:
+        keep("original", 1, finetuned_original(name, seed, work))
+    for method in methods:
+        missing = [b for b in budgets if any(key(name, seed, row, b) not in records for row in rows_of(method))]
+        for budget, found in measure(name, seed, method, missing, work) if missing else ():
+            for row, record in found.items():
+                keep(row, budget, record)
+    return records
 
 
 def key(name: str, seed: int, method: str, budget: float) -> str:

@@ -210,8 +210,10 @@ def pruner(model: nn.Module, example: Tensor, images: Tensor) -> Compress:
     """The network with as many channels as the budget allows; both are timed folded, as deployed."""
     runtime = get_runtime(RUNTIME)
     original = runtime.build(fxmerge.fold(model, example), (example,), {})
-    candidates = [pruned(model, example, ratio, multiple) for ratio in RATIOS for multiple in (None, 8)]
-    candidates.sort(key=parameters, reverse=True)
+    made = (pruned(model, example, ratio, multiple) for ratio in RATIOS for multiple in (None, 8))
+    # Several ratios round to the same widths.
+    different = {tuple(parameter.shape for parameter in network.parameters()): network for network in made}
+    candidates = sorted(different.values(), key=parameters, reverse=True)
 
     @functools.cache
     def share(number: int) -> float:

@@ -304,10 +304,16 @@ class Frontier:
         return index
 
     def _unreachable(self, amount: float, smallest: float) -> BudgetError:
+        limits = self._setup.limits
+        more = [
+            "method='layermerge'" if limits.method != "layermerge" else "",
+            "more of the network (include, exclude)" if limits.include or limits.exclude else "",
+            "a larger max_kernel or max_span" if limits.method != "layer" else "",
+        ]
         return BudgetError(
             f"the budget of {format_latency(amount, self.unit)} ({amount / self.original:.1%} of the original) is out of reach: "
             f"the smallest reachable is {format_latency(smallest, self.unit)} ({smallest / self.original:.1%}). Raise the budget, "
-            "or allow more: a larger max_kernel or max_span.",
+            f"or allow more: {', or '.join(filter(None, more))}.",
             smallest,
         )
 

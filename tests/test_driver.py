@@ -298,6 +298,22 @@ def test_a_budget_below_the_smallest_reachable_names_it(net, found):
         found.at(f"{smallest - 1}MACs")
 
 
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "a larger max_kernel or max_span."),
+        ({"method": "depth"}, "method='layermerge', or a larger max_kernel or max_span."),
+        ({"method": "layer"}, "method='layermerge'."),
+        ({"exclude": ["block1"]}, "more of the network (include, exclude), or a larger max_kernel or max_span."),
+    ],
+    ids=str,
+)
+def test_a_budget_out_of_reach_is_told_what_would_reach_farther(net, options, advice):
+    with pytest.raises(BudgetError) as caught:
+        fxmerge.compress(net, images(), 0.01, runtime="macs", **options)
+    assert str(caught.value).endswith(f"Raise the budget, or allow more: {advice}")
+
+
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 

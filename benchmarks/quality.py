@@ -2,14 +2,15 @@
 
 ``pip install '.[bench]'``, then ``python benchmarks/quality.py`` writes a record to ``benchmarks/results/quality.json`` after every
 network, and beside it the table ``quality.md``. What is in the file already is not done again. Trained networks, latencies and
-losses are kept in ``--work``, and what unfinished runs measured. The main table: two budgets, three seeds, TIME minutes on two
-cores, of which each has a network of its own; ``--budgets 0.8 0.4 0.3 --seeds 0`` for the rest.
+losses are kept in ``--work``, and what unfinished runs measured. The main table, two budgets and three seeds, takes 89 minutes on
+two cores, of which each has a network of its own, and 21 before that to train nine networks; ``--budgets 0.8 0.4 0.3 --seeds 0``
+for the rest.
 
 Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on one thread:
 
 - ``refit``: what ``compress(model, example, budget, calibration=...)`` does, but with 40 networks of search instead of a minute,
   which are about as many on two cores.
-- ``polish``: the same network after 300 steps of polish, some fifteen seconds on two cores.
+- ``polish``: the same network after 300 steps of polish: half a minute to three minutes on one core.
 - ``sum of losses``: ``refit`` without search.
 - ``compose``: weights multiplied out, batch norms re-estimated, as the paper does.
 - ``depth``, ``layer``: the paper's baselines, with refitted weights. They and ``compose`` have to keep the last convolution of

@@ -82,7 +82,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="side by side, of one thread each")
     options = parser.parse_args()
     records: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
-    options.work.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (1,)) as pool:
         started = [

@@ -197,8 +197,8 @@ def clone(gm: fx.GraphModule, *, share_parameters: bool = False) -> fx.GraphModu
 
     Args:
         gm: a canonical graph.
-        share_parameters: let the copy hold the very Parameters of ``gm``, and what else torch's modules hold but buffers and
-            options: much faster.
+        share_parameters: let the copy hold the very Parameters of ``gm``, which is much faster. Buffers are copied, and options
+            and hooks of torch's modules are the copy's own.
 
     Example:
         >>> import torch, fxmerge
@@ -296,10 +296,11 @@ class _ShapeRecorder(fx.Interpreter):
         from .linear import shape_after  # it reads this module
 
         value: Any = args[0]
-        if isinstance(value, (Tensor, _Value)):
+        like = value.like if isinstance(value, _Value) else value
+        if isinstance(like, Tensor):
             shape = shape_after(self.fetch_attr(str(target)), tuple(value.shape))
             if shape is not None:
-                return _Value(shape, value if isinstance(value, Tensor) else value.like)
+                return _Value(shape, like)
         return super().call_module(target, *_made(args, kwargs))
 
     def call_function(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:

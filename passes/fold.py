@@ -172,7 +172,7 @@ def _install(
     for node in sorted(inside, reverse=True):
         gm.graph.erase_node(node)
     layout = memory_format_of(gm, composed.conv_map.geometry.dims)
-    gm.add_submodule(path, conv.eval().to(memory_format=layout))  # type: ignore[call-overload]
+    gm.add_submodule(path, conv.eval().to(memory_format=layout))  # type: ignore[call-overload]  # torch's signatures lack it
     return new
 
 

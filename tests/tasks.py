@@ -288,7 +288,7 @@ def trained(name: str, seed: int, folder: Path) -> nn.Module:
     """The network of a task, trained with that seed; its weights are kept in ``folder``."""
     task, path = TASKS[name], folder / f"{name}-{seed}.safetensors"
     torch.manual_seed(seed)
-    model: nn.Module = task.make().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model: nn.Module = task.make().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's signatures lack it
     if path.exists():
         model.load_state_dict(load_file(path))
         return model.eval()

@@ -61,7 +61,7 @@ def main(epochs: int = 12) -> None:
     torch.set_num_threads(2)  # the order of sums, and with it the last digits, depends on it
     torch.manual_seed(0)
     # Convolutions train faster channels-last on a CPU.
-    model = DigitsResNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = DigitsResNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's signatures lack it
     for epoch, loss in enumerate(train(model, batches("train"), epochs), start=1):
         print(f"epoch {epoch:2d} of {epochs}  loss {loss:.4f}", flush=True)
     print(f"accuracy on the test digits: {accuracy(model):.2%}")

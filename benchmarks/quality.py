@@ -2,15 +2,15 @@
 
 ``pip install '.[bench]'``, then ``python benchmarks/quality.py`` writes a record to ``benchmarks/results/quality.json`` after every
 network, and beside it the table ``quality.md``. What is in the file already is not done again. Trained networks, latencies and
-losses are kept in ``--work``, and what unfinished runs measured. The main table, two budgets and three seeds, takes 89 minutes on
-two cores, of which each has a network of its own, and 21 before that to train nine networks; ``--budgets 0.8 0.4 0.3 --seeds 0``
-for the rest.
+losses are kept in ``--work``, and what unfinished runs measured. The main table, two budgets and three seeds, takes XX minutes on
+two cores, of which each has a network of its own, 18 of them to train nine networks; ``--budgets 0.8 0.4 0.3 --seeds 0`` for the
+rest.
 
 Of every network (tests/tasks.py), for every budget of ONNX Runtime's latency on one thread:
 
 - ``refit``: what ``compress(model, example, budget, calibration=...)`` does, but with 40 networks of search instead of a minute,
   which are about as many on two cores.
-- ``polish``: the same network after 300 steps of polish: half a minute to three minutes on one core.
+- ``polish``: the same network after 300 steps of polish, 100 of the denoising network.
 - ``sum of losses``: ``refit`` without search.
 - ``compose``: weights multiplied out, batch norms re-estimated, as the paper does.
 - ``depth``, ``layer``: the paper's baselines, with refitted weights. They and ``compose`` have to keep the last convolution of
@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -63,11 +64,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "depth": {"method": "depth", "search": None},
     "layer": {"method": "layer", "search": None},
 }
+ROUNDS = (("refit", "sum of losses"), ("compose", "depth", "layer", "channels"))
+"""Methods whose jobs are one: while one network's are run, those of the round before are done or nearly so."""
 ROWS = ("refit", "polish", *list(METHODS)[1:], "channels")
-POLISH = 300
 RATIOS = [number / 20 for number in range(1, 20)]
 SECONDS, TURNS = 0.5, 3
-"""Of one timing of a pruned network, and how many: one alone can be far off on a machine that is shared."""
+"""Of one timing, and how many of a pruned network: one alone can be far off on a machine that is shared."""
 
 
 def main() -> None:
@@ -82,24 +84,28 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="side by side, of one thread each")
     options = parser.parse_args()
     records: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
+    networks = list(itertools.product(sorted(options.tasks, key=list(TASKS).index, reverse=True), options.seeds))
+    # Originals first, then what takes longest and scores what others read, so that no process ends long before another.
+    rounds = [[], *([method for method in options.methods if method in each] for each in ROUNDS)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (1,)) as pool:
-        started = [
-            pool.submit(run, name, seed, options.methods, options.budgets, records, options.work)
-            for name in sorted(options.tasks, key=list(TASKS).index, reverse=True)  # the one that takes longest first
-            for seed in options.seeds
-        ]
-        for job in as_completed(started):
-            records |= job.result()
-            write(records, options.results)
+        for group in (rounds[:1], rounds[1:]):
+            started = [
+                pool.submit(run, *network, methods, options.budgets, records, options.work)
+                for methods in group
+                for network in networks
+            ]
+            for job in as_completed(started):
+                records |= job.result()
+                write(records, options.results)
 
 
 def run(
     name: str, seed: int, methods: list[str], budgets: list[float], known: dict[str, Any], work: Path
 ) -> dict[str, Any]:
-    """What is missing of one network, written to a file in ``work`` after every budget; all records of the network."""
+    """What is missing of some methods for one network, written to a file in ``work`` after every budget; its records."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    part = work / f"{name}-{seed}.json"
+    part = work / f"{name}-{seed}-{'-'.join(methods) or 'original'}.json"
     records: dict[str, Any] = json.loads(part.read_text()) if part.exists() else {}
     records |= {each: record for each, record in known.items() if each.startswith(f"{name}, seed {seed}, ")}
 
@@ -191,16 +197,20 @@ def ours(name: str, seed: int, method: str, model: nn.Module, example: Tensor, i
         store=work / "latency.sqlite",
         importance_table=work / f"{name}-{seed}-{options.get('fit', 'refit')}.sqlite",
         exclude=() if method in ("refit", "sum of losses") else TASKS[name].baselines_exclude,
+        measure_seconds=SECONDS,
         **options,
     )
+
+    @functools.cache
+    def polish() -> PolishPass:
+        original = clone(fxmerge.capture(model, example)).eval()
+        return PolishPass(original, read_calibration(parts, None, original, ((example,), {})), TASKS[name].polish)
 
     def compress(budget: float) -> tuple[dict[str, nn.Module], float]:
         result = frontier.compress(budget)
         networks: dict[str, nn.Module] = {method: result.model}
         if "polish" in rows_of(method):
-            original = clone(fxmerge.capture(model, example)).eval()
-            data = read_calibration(parts, None, original, ((example,), {}))
-            networks["polish"] = PolishPass(original, data, POLISH)(copy.deepcopy(result.model)).graph_module
+            networks["polish"] = polish()(copy.deepcopy(result.model)).graph_module
         return networks, result.report.measured / result.report.original
 
     return compress

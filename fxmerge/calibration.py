@@ -25,6 +25,7 @@ __all__ = [
     "reestimate_batch_norms",
     "refuse_no_batches",
     "second_example",
+    "spread",
     "take_inputs",
 ]
 
@@ -192,6 +193,22 @@ def _parts(batch: Batch, parts: int) -> list[Batch]:
 
 def _rows(batch: Batch, start: int, stop: int) -> Batch:
     return map_tensors(lambda t: t[start:stop] if t.ndim else t, *batch)
+
+
+def spread(batches: int, size: int, images: int) -> list[int]:
+    """Numbers of the batches to take for so many images or little more, spread evenly: many loaders are sorted by class.
+
+    Args:
+        batches: how many there are.
+        size: of one.
+        images: wanted; all batches where there are no more.
+
+    Example:
+        >>> spread(8, 32, 100)
+        [0, 2, 4, 6]
+    """
+    count = min(batches, -(-images // size))
+    return [number * batches // count for number in range(count)]
 
 
 def second_example(example: Batch) -> Batch:

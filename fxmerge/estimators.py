@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .algebra import Conv
-from .calibration import Calibration, eval_mode, parse_memory
+from .calibration import Batch, Calibration, eval_mode, parse_memory, spread
 from .candidates import Candidate
 from .distances import output_distance, relative_error
 from .errors import UserError
@@ -36,7 +36,7 @@ from .graph import (
     shape_of,
     written_in_place,
 )
-from .inputs import floats
+from .inputs import batch_size, floats, tensors
 from .linear import NORMS, conv_geometry, is_constant
 from .regions import JOINS
 
@@ -60,6 +60,10 @@ __all__ = [
 
 Distance: TypeAlias = Callable[[Any, Any], Any]
 """How far outputs are from the original's; see :func:`of_outputs`."""
+
+_SCORED_PIXELS, _SCORED_IMAGES = 100_000, 32
+"""Of the inputs on which a candidate is scored, and from which its batch norms get their statistics, and how many images at
+least: there are many candidates, and the losses of single ones only propose."""
 
 _LEAST_EXPLAINED = 1e-6
 """Of the variance: what removed operations explain at least, so that every loss is finite."""
@@ -214,6 +218,15 @@ class _Calibrated:
         """Whether merges that start at one value belong to one worker: they are fitted together."""
         return self.fit == "refit"
 
+    def _seen(self, known: Remembered) -> Remembered:
+        """What candidates are scored on."""
+        numbers = _scored(self.calibration.held_out)
+        return replace(
+            known,
+            held_out=[known.held_out[number] for number in numbers],
+            outputs=[known.outputs[number] for number in numbers],
+        )
+
     def _networks(
         self, gm: fx.GraphModule, candidates: Sequence[Candidate], known: Remembered
     ) -> Callable[[Candidate], fx.GraphModule]:
@@ -221,6 +234,7 @@ class _Calibrated:
         from .passes.refit import refit_alone
         from .passes.relax import RelaxPass
 
+        few = [known.fit[number] for number in _scored(self.calibration.fit)]
         starts: dict[str, list[Candidate]] = {}
         for candidate in candidates:
             if self.fit == "refit" and candidate.kind == "merge":
@@ -237,11 +251,19 @@ class _Calibrated:
             if candidate in fitted:
                 return fitted[candidate]
             relaxed: fx.GraphModule = RelaxPass((candidate,))(clone(gm, share_parameters=True)).graph_module.eval()
+            images = known.fit if candidate in starts.get(candidate.entry, ()) else few
             # The last layer is fitted once, to the whole plan.
-            install(gm, relaxed, self.fit, known.fit, known.held_out, self.memory, last=False)
+            install(gm, relaxed, self.fit, images, known.held_out, self.memory, last=False)
             return relaxed
 
         return network
+
+
+def _scored(batches: Sequence[Batch]) -> list[int]:
+    """Numbers of the batches that candidates are scored on."""
+    pixels = max(math.prod(tensor.shape[2:]) for tensor in tensors(*batches[0]))
+    images = max(_SCORED_IMAGES, -(-_SCORED_PIXELS // pixels))
+    return spread(len(batches), batch_size(*batches[0]) or 1, images)
 
 
 class Distortion(_Calibrated):
@@ -274,8 +296,8 @@ class Distortion(_Calibrated):
     def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:
         """Run the original once."""
         known = remember(gm, self.calibration, self.memory, self.distance)
-        network = self._networks(gm, candidates, known)
-        return lambda candidate: known.distance(gm, network(candidate))
+        network, seen = self._networks(gm, candidates, known), self._seen(known)
+        return lambda candidate: seen.distance(gm, network(candidate))
 
 
 class Local(_Calibrated):
@@ -292,7 +314,7 @@ class Local(_Calibrated):
     def prepare(self, gm: fx.GraphModule, candidates: Sequence[Candidate] = ()) -> Callable[[Candidate], float]:
         """Run the original once."""
         known = remember(gm, self.calibration, self.memory)
-        network = self._networks(gm, candidates, known)
+        network, seen = self._networks(gm, candidates, known), self._seen(known)
         nodes = by_id(gm)
 
         def score(candidate: Candidate) -> float:
@@ -303,7 +325,7 @@ class Local(_Calibrated):
             )
             there, same = nodes[node_id(here)], [node for node in found.graph.nodes if node not in new]
             losses = []
-            for values in known.held_out:
+            for values in seen.held_out:
                 with torch.no_grad():
                     value = evaluate(found, here, taken_over(same, values))
                     wanted = evaluate(gm, there, {nodes[name]: each for name, each in values.items()})
@@ -339,15 +361,24 @@ class Remembered:
     outputs: Sequence[list[Tensor]]
     compare: Distance | None = None
 
-    def distance(self, gm: fx.GraphModule, changed: fx.GraphModule) -> float:
-        """How far a changed network's outputs are from the original's, on held-out batches; only what has changed is computed."""
+    def distance(
+        self, gm: fx.GraphModule, changed: fx.GraphModule, computed: Sequence[Mapping[fx.Node, Any]] = ()
+    ) -> float:
+        """How far a changed network's outputs are from the original's, on held-out batches; only what has changed is computed.
+
+        Args:
+            gm: the original.
+            changed: the network.
+            computed: values that it gave already, for every batch, such as :attr:`fxmerge.passes.refit.Reuse.held_out`.
+        """
         new = changed_nodes(gm, changed)
         same = [node for node in changed.graph.nodes if node not in new]
         output = next(iter(changed.graph.find_nodes(op="output")))
         distances = []
-        for values, outputs in zip(self.held_out, self.outputs, strict=True):
+        for number, (values, outputs) in enumerate(zip(self.held_out, self.outputs, strict=True)):
+            known = {**taken_over(same, values), **(computed[number] if computed else {})}
             with torch.no_grad():
-                found = floats(evaluate(changed, output, taken_over(same, values)))
+                found = floats(evaluate(changed, output, known))
                 distances.append(of_outputs(self.compare, found, outputs))
         return float(np.mean(distances))
 
@@ -415,8 +446,9 @@ def plan_distance(
     def measure(candidates: Sequence[Candidate]) -> float:
         relaxed: fx.GraphModule = RelaxPass(tuple(candidates))(clone(gm)).graph_module.eval()
         fits.plan = tuple(candidates)
+        fits.held_out = []
         install(gm, relaxed, fit, known.fit, known.held_out, memory, last=last, reuse=fits, norms=False)
-        return known.distance(gm, relaxed)
+        return known.distance(gm, relaxed, fits.held_out)
 
     return measure
 

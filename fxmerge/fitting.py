@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .calibration import Calibration, reestimate_batch_norms
+from .calibration import Calibration, reestimate_batch_norms, spread
 from .candidates import Candidate, Limits
 from .errors import UserError
 from .evaluate import Known, evaluate, taken_over
@@ -150,7 +150,6 @@ def install(
 
 
 def _some(original: fx.GraphModule, batches: Sequence[Known]) -> list[Known]:
-    """Batches of enough images for statistics, spread evenly: many loaders are sorted by class."""
+    """Batches of enough images for statistics."""
     inputs = tuple(batches[0].get(node_id(node)) for node in original.graph.find_nodes(op="placeholder"))
-    count = min(len(batches), -(-_NORM_IMAGES // (batch_size(inputs, {}) or 1)))
-    return [batches[number * len(batches) // count] for number in range(count)]
+    return [batches[number] for number in spread(len(batches), batch_size(inputs, {}) or 1, _NORM_IMAGES)]

@@ -58,6 +58,8 @@ ENOUGH_IMAGES = 64
 """That are looked at in any case, if there are so many."""
 _CHUNK = 2**26
 """Bytes of patches that are gathered at once."""
+_BLOCK = 512
+"""Columns of a symmetric matrix that are computed at once, from the diagonal down: the rest is its mirror image."""
 _STEPS, _PATIENCE = 60, 5
 """Most steps of conjugate gradients, and how many of them may pass without less error on the held-out images."""
 
@@ -268,12 +270,15 @@ class _Normal:
                 sums = square.new_zeros(groups, unknowns)
                 totals = [t.new_zeros(groups, t.shape[2], dtype=torch.float64) for t in targets]
             transposed = inputs.transpose(1, 2)
-            square += transposed @ inputs
+            for start in range(0, unknowns, _BLOCK):
+                square[:, start:, start : start + _BLOCK] += transposed[:, start:] @ inputs[..., start : start + _BLOCK]
             sums += inputs.sum(1, dtype=torch.float64)
             for target, product, total in zip(targets, products, totals, strict=True):
                 product += transposed @ target
                 total += target.sum(1, dtype=torch.float64)
             self.rows += inputs.shape[1]
+        for stop in range(_BLOCK, unknowns, _BLOCK):
+            square[:, stop - _BLOCK : stop, stop:] = square[:, stop:, stop - _BLOCK : stop].transpose(1, 2)
         self.square = square.baddbmm_(sums[:, :, None], sums[:, None], alpha=-1 / self.rows)
         self.products = [
             product.baddbmm_(sums[:, :, None], total[:, None], alpha=-1 / self.rows)
@@ -451,7 +456,9 @@ def _rows(window: Geometry, pairs: Pairs, most: int) -> Iterator[tuple[Tensor, l
     for number, (inputs, targets) in enumerate(pairs):
         x, side = _split(inputs)
         if number == 0:
-            needed = max(-(-ENOUGH_IMAGES // len(x)), -(-_ENOUGH_PIXELS * most // _pixels(window, x)))
+            pixels = _pixels(window, x)
+            spare = min(_ENOUGH_PIXELS, pixels // len(x))  # what is not drawn of an image was computed for nothing
+            needed = max(-(-ENOUGH_IMAGES // len(x)), -(-spare * most // pixels))
             batches = min(needed, batches)
             share = -(-most // batches)
         if x.device.type == "mps":  # which has no float64

@@ -147,7 +147,10 @@ def refit(
             waiting.discard(node)
             candidate = Candidate.from_json(segments[node.meta[META]["exit"]]["candidate"])
             found.append(work.fit(node, candidate, waiting))
-        classifier = work.fit_last() if last and any(not each.reason for each in found) else None
+        fitted = any(not each.reason for each in found)
+        classifier = work.fit_last() if last and fitted else None
+        if reuse is not None and fitted:  # else batch norms are re-estimated, and values change
+            reuse.held_out = [values.recent for values, _ in work.held_out]
         sweep(gm)
     for module in set(gm.modules()) - old:
         module.train(gm.training)
@@ -305,11 +308,13 @@ class Reuse:
         plan: all candidates of the plan that is fitted now.
         memory: bound on the weights that are kept, in bytes; the oldest go first.
         fits: by what starts in front, the candidate, and what it was fitted to.
+        held_out: values that the plan's fitted network gave for every batch that is held out: those computed last.
     """
 
     plan: tuple[Candidate, ...] = ()
     memory: int = 2**29
     fits: dict[_Key, Fit] = field(default_factory=dict)
+    held_out: list[Mapping[fx.Node, Any]] = field(default_factory=list)
 
     def keep(self, key: _Key, fit: Fit) -> None:
         """Remember a fit."""

@@ -67,6 +67,7 @@ class Task:
         rate: its learning rate.
         batch: images that are timed at once.
         size: images of a training step.
+        polish: steps of polish; about half a minute, up to a minute where kernels are large, on one core.
         baselines_exclude: submodules in which baselines change nothing.
     """
 
@@ -81,6 +82,7 @@ class Task:
     rate: float
     batch: int
     size: int
+    polish: int
     baselines_exclude: tuple[str, ...] = ()
 
     def outputs(self, model: nn.Module) -> Tensor:
@@ -254,10 +256,11 @@ TASKS: dict[str, Task] = {
         2e-3,
         1,
         16,
+        100,
         ("noise.32",),  # of all that they can make of it, returning the noisy image is nearest to its outputs
     ),
-    "ResNet-20": Task(DigitsResNet, *_DIGITS, 5, 3e-3, 16, 64),
-    "MobileNetV2": Task(MobileNet, *_DIGITS, 6, 3e-3, 16, 64),
+    "ResNet-20": Task(DigitsResNet, *_DIGITS, 5, 3e-3, 16, 64, 300),
+    "MobileNetV2": Task(MobileNet, *_DIGITS, 6, 3e-3, 16, 64, 300),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -221,6 +222,28 @@ def test_the_distortion_computed_by_hand(calibration):
         y = model(x).detach().double()
         losses.append(float((x - y).square().sum() / (y - y.mean(0)).square().sum()))
     assert Distortion(calibration).prepare(gm)(drop) == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize(("pixels", "images"), [(1, 1), (64 * 6, 1), (1, 12), (64 * 12, 1), (100_000, 32)])
+def test_candidates_are_scored_on_so_many_pixels_and_images_spread_over_all(net, pixels, images, monkeypatch):
+    """As are statistics: the same as if there were no others."""
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(6, 3, 8, 8, generator=generator) for _ in range(20)]
+    whole = read_calibration(batches, None, net, ((batches[0][:2],), {}))
+    assert (len(whole.fit), len(whole.held_out)) == (16, 4)
+    monkeypatch.setattr("fxmerge.estimators._SCORED_PIXELS", pixels)
+    monkeypatch.setattr("fxmerge.estimators._SCORED_IMAGES", images)
+    wanted = max(pixels // 64, images)
+    of_fit, of_held_out = {1: ([0], [0]), 6: ([0], [0]), 12: ([0, 8], [0, 2])}.get(wanted, (range(16), range(4)))
+    part = replace(
+        whole,
+        fit=tuple(whole.fit[number] for number in of_fit),
+        held_out=tuple(whole.held_out[number] for number in of_held_out),
+    )
+    for kind in (Distortion, Local):
+        score, expected = kind(whole).prepare(net), kind(part).prepare(net)
+        for candidate in candidates_of(net):
+            assert score(candidate) == expected(candidate)
 
 
 def test_written_values_are_not_remembered(calibration):

@@ -326,11 +326,30 @@ def test_fifteen_rows_for_an_unknown_are_drawn_from_all_batches_and_the_same_eve
     assert found.fit([Wanted(truth.geometry, 0, truth.weight, truth.bias)])[0].rows_per_unknown == 408 / 28
 
 
+@pytest.mark.parametrize(("pixels", "batches"), [(1, 3), (2, 3), (4, 3), (8, 2)])
+def test_more_images_than_there_are_rows_needed_are_not_computed(pixels, batches):
+    """Of four pixels and more of an image a quarter is drawn; of fewer one, and all where there is one alone."""
+    asked = []
+
+    class Pairs(list):
+        def __iter__(self):
+            for number, pair in enumerate(super().__iter__()):
+                asked.append(number)
+                yield pair
+
+    x = draw(400, 2, pixels)
+    pairs = Pairs((part, [part]) for part in x.split(50))
+    rows = list(regression._rows(Geometry.pointwise(2, 2, 1), pairs, 150 if pixels < 8 else 200))
+    assert asked == list(range(batches))
+    assert sum(inputs.shape[1] for inputs, _ in rows) == (150 if pixels < 8 else 200)
+
+
 @each_geometry
 def test_chunks_add_up_to_the_whole(name, monkeypatch):
     truth, x, y = made(name)
     whole = regression._Normal(regression._Stored(truth.geometry, [(x, [y])], 10**9))
     monkeypatch.setattr(regression, "_CHUNK", 1)
+    monkeypatch.setattr(regression, "_BLOCK", 5)
     parts = list(zip(x.split(7), ([t] for t in y.split(7)), strict=True))
     single = regression._Normal(regression._Stored(truth.geometry, parts, 10**9))
     assert single.rows == whole.rows == y[:, 0].numel()

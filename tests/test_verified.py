@@ -229,6 +229,37 @@ def test_fits_are_taken_over_where_all_in_front_is_the_same(digits, found, fitte
     assert len(fitted) == merges  # nothing behind it was left to fit
 
 
+def test_what_a_fit_computed_of_held_out_images_is_not_computed_again(digits, found, monkeypatch):
+    """Of the network the last layer is left, whose input its own fit read."""
+    from fxmerge import estimators
+
+    model, images, _ = digits
+    gm = clone(fxmerge.capture(model, images[:2])).eval()
+    data = read_calibration(images.split(40), None, gm, ((images[:2],), {}))
+    measure = plan_distance(gm, data, "refit", 2**31)
+    plan = compress(found, 0.5, None).plan.candidates
+    assert any(candidate.kind == "merge" for candidate in plan)
+    expected, calls = measure(plan), []
+    true_distance = estimators.Remembered.distance
+
+    def distance_alone(self, gm, changed, computed=()):
+        assert len(computed) == len(data.held_out)
+        with monkeypatch.context() as patch:
+            for kind in (torch.nn.Conv2d, torch.nn.Linear):
+                forward = kind.forward
+                patch.setattr(kind, "forward", lambda self, x, forward=forward: calls.append(self) or forward(self, x))
+            whole = true_distance(self, gm, changed)
+            of_whole = len(calls)
+            found = true_distance(self, gm, changed, computed)
+        assert (found, len(calls) - of_whole) == (whole, len(data.held_out))
+        assert of_whole > len(calls) - of_whole
+        return found
+
+    monkeypatch.setattr(estimators.Remembered, "distance", distance_alone)
+    assert measure(plan) == expected
+    assert calls
+
+
 def test_what_was_fitted_in_the_search_is_installed(digits, found, fitted):
     plain = compress(found, 0.3, None)
     alone = len(fitted)

@@ -270,8 +270,9 @@ class Distortion(_Calibrated):
     """Losses from the network's outputs on calibration inputs.
 
     One candidate is applied with the weights that would be installed (:mod:`fxmerge.fitting`), and the outputs on the
-    held-out batches are compared with the original's by :func:`distance`, or a function of your own. Only what lies behind
-    the candidate is computed: values in front of it are remembered from the original.
+    held-out batches are compared with the original's by :func:`distance`, or a function of your own: on batches spread evenly
+    over them, of as many images as have 100,000 pixels, 32 at least, and batch norms are re-estimated on as many. Only what lies
+    behind the candidate is computed: values in front of it are remembered from the original.
 
     Args:
         calibration: what :func:`fxmerge.calibration.read_calibration` returned.
@@ -304,7 +305,7 @@ class Local(_Calibrated):
     """Losses from the values behind a candidate alone: nothing of the network that follows is computed.
 
     One candidate is applied as for :class:`Distortion`; its loss is the squared error of the first value behind it that the
-    original has, too, on the held-out batches, as a share of that value's variance around its mean over the batch. Of a merge
+    original has, too, on the same held-out batches, as a share of that value's variance around its mean over the batch. Of a merge
     with refitted weights that is the error of the fit. Quicker than a distortion in long networks, and blind to how
     much of an error the rest of the network forgives.
     """

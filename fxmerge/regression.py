@@ -457,7 +457,7 @@ def _rows(window: Geometry, pairs: Pairs, most: int) -> Iterator[tuple[Tensor, l
         x, side = _split(inputs)
         if number == 0:
             pixels = _pixels(window, x)
-            spare = min(_ENOUGH_PIXELS, pixels // len(x))  # what is not drawn of an image was computed for nothing
+            spare = min(_ENOUGH_PIXELS, pixels // len(x))  # one alone has no neighbours
             needed = max(-(-ENOUGH_IMAGES // len(x)), -(-spare * most // pixels))
             batches = min(needed, batches)
             share = -(-most // batches)

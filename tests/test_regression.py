@@ -328,7 +328,7 @@ def test_fifteen_rows_for_an_unknown_are_drawn_from_all_batches_and_the_same_eve
 
 @pytest.mark.parametrize(("pixels", "batches"), [(1, 3), (2, 3), (4, 3), (8, 2)])
 def test_more_images_than_there_are_rows_needed_are_not_computed(pixels, batches):
-    """Of four pixels and more of an image a quarter is drawn; of fewer one, and all where there is one alone."""
+    """A quarter of an image's pixels is drawn, or one where there are four or fewer."""
     asked = []
 
     class Pairs(list):

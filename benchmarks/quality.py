@@ -36,7 +36,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "depth": {"method": "depth", "search": None},
     "layer": {"method": "layer", "search": None},
 }
-ROUNDS = (("refit", "sum of losses"), ("compose", "depth", "layer", "channels"))
-"""Methods whose jobs are one: while one network's are run, those of the round before are done or nearly so."""
+ROUNDS = ((), ("refit", "sum of losses"), ("compose", "depth", "layer", "channels"))
+"""Methods of the jobs that a network is done in, one after the other; the first is the original alone. Small jobs keep all
+processes busy to the end."""
 ROWS = ("refit", "polish", *list(METHODS)[1:], "channels")
 RATIOS = [number / 20 for number in range(1, 20)]
 SECONDS, TURNS = 0.5, 3
@@ -85,19 +86,26 @@ def main() -> None:
     options = parser.parse_args()
     records: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
     networks = list(itertools.product(sorted(options.tasks, key=list(TASKS).index, reverse=True), options.seeds))
-    # Originals first, then what takes longest and scores what others read, so that no process ends long before another.
-    rounds = [[], *([method for method in options.methods if method in each] for each in ROUNDS)]
+    rounds = {
+        network: [[method for method in options.methods if method in each] for each in ROUNDS] for network in networks
+    }
+    running: dict[Future[dict[str, Any]], tuple[str, int]] = {}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (1,)) as pool:
-        for group in (rounds[:1], rounds[1:]):
-            started = [
-                pool.submit(run, *network, methods, options.budgets, records, options.work)
-                for methods in group
-                for network in networks
-            ]
-            for job in as_completed(started):
+
+        def start(network: tuple[str, int]) -> None:
+            """Queue what comes next of a network, behind what the others have queued."""
+            if rounds[network]:
+                methods = rounds[network].pop(0)
+                running[pool.submit(run, *network, methods, options.budgets, records, options.work)] = network
+
+        for network in networks:
+            start(network)
+        while running:
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
                 records |= job.result()
                 write(records, options.results)
+                start(running.pop(job))
 
 
 def run(

@@ -455,16 +455,15 @@ def _rows(window: Geometry, pairs: Pairs, most: int) -> Iterator[tuple[Tensor, l
     batches = len(pairs)
     for number, (inputs, targets) in enumerate(pairs):
         x, side = _split(inputs)
+        total = _pixels(window, x)
         if number == 0:
-            pixels = _pixels(window, x)
-            spare = min(_ENOUGH_PIXELS, pixels // len(x))  # one alone has no neighbours
-            needed = max(-(-ENOUGH_IMAGES // len(x)), -(-spare * most // pixels))
+            spare = min(_ENOUGH_PIXELS, total // len(x))  # one alone has no neighbours
+            needed = max(-(-ENOUGH_IMAGES // len(x)), -(-spare * most // total))
             batches = min(needed, batches)
             share = -(-most // batches)
         if x.device.type == "mps":  # which has no float64
             x, side, targets = x.cpu(), side.cpu(), [target.cpu() for target in targets]
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-        total = _pixels(window, x)
         drawn = torch.arange(total)
         if total > share:
             drawn = torch.randperm(total, generator=generator)[:share].sort().values
